@@ -1,0 +1,90 @@
+"""Drives the engine core without its thread, and records the logits behind every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from app.engine import SamplingParams, Token, model_runner
+from app.engine.block_manager import BlockManager
+from app.engine.core import EngineCore
+from app.engine.kv_cache import KVCache
+from app.engine.model_runner import ModelRunner
+from app.engine.scheduler import Scheduler
+from app.engine.sequence import ContextSequence, GenerationSequence, Score
+from app.soft_prompt import BaseInfo, SoftPrompt
+
+
+class Harness:
+    def __init__(
+        self,
+        model: Any,
+        info: BaseInfo,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        num_blocks: int = 200,
+        block_size: int = 16,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 64,
+    ) -> None:
+        cache = KVCache(
+            info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
+        )
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
+        self.core = EngineCore(self.blocks, self.scheduler, ModelRunner(model, info, cache))
+        self.tokens: dict[int, list[Token | Exception]] = {}
+        self.logits: dict[int, list[torch.Tensor]] = {}
+        self.released: list[int] = []
+        self._by_params: dict[int, int] = {}
+        original = model_runner.sample
+
+        def recording(logits: torch.Tensor, params: Any, draws: Any) -> list[int | None]:
+            for row, p in zip(logits, params, strict=True):
+                self.logits[self._by_params[id(p)]].append(row.clone())
+            return original(logits, params, draws)
+
+        monkeypatch.setattr(model_runner, "sample", recording)
+
+    def add(self, prompt: SoftPrompt | None, token_ids: list[int], **params: Any) -> GenerationSequence:
+        name = len(self.tokens)
+        self.tokens[name], self.logits[name] = [], []
+        sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | params))
+        self._by_params[id(sampling)] = name
+        sequence = GenerationSequence(list(token_ids), prompt, params=sampling, emit=self.tokens[name].append)
+        self.core.add(sequence, lambda: self.released.append(name))
+        return sequence
+
+    def score(
+        self, prompt: SoftPrompt | None, token_ids: list[int], continuations: list[list[int]]
+    ) -> list[Any]:
+        """The list gets the result."""
+        results: list[Any] = []
+        score = Score(f"score:{id(results)}", prompt, continuations, results.append)
+        self.core.add(ContextSequence(list(token_ids), prompt, score=score), lambda: None)
+        return results
+
+    def run(self, max_steps: int = 2_000) -> None:
+        for _ in range(max_steps):
+            if not self.core.has_work:
+                return
+            self.core.step()
+        raise AssertionError(f"still at work after {max_steps} steps: deadlock")
+
+    def ids(self, name: int) -> list[int]:
+        ids = []
+        for token in self.tokens[name]:
+            assert isinstance(token, Token), token
+            if token.id is not None:
+                ids.append(token.id)
+        return ids
+
+    def assert_clean(self) -> None:
+        """Nothing but idle prefixes holds blocks."""
+        for prefix in list(self.blocks._prefixes.values()):
+            assert prefix.users == 0, prefix
+            self.blocks.drop(prefix)
+        assert self.blocks.num_used_blocks == 0
+        assert self.blocks._references == [0] * self.blocks.num_blocks

@@ -1,0 +1,140 @@
+"""Every row of a mixed batch equals PEFT's model with that adapter alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.soft_prompt import SoftPrompt
+from tests.core_harness import Harness
+from tests.peft_oracle import (
+    PEFT_TYPES,
+    oracle_generate,
+    oracle_logits,
+    read_folder,
+    save_adapter,
+    task_id,
+)
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_info, tiny_model
+
+TOLERANCE = 1e-3
+NEW_TOKENS = 6
+
+
+def assert_equals_oracle(harness: Harness, name: int, token_ids: list[int], expected: torch.Tensor) -> None:
+    """`expected` [text + new tokens, vocab] are the oracle's logits for the text and what was generated."""
+    generated = harness.ids(name)
+    assert len(generated) == NEW_TOKENS
+    for step, token in enumerate(generated):
+        ours, theirs = harness.logits[name][step], expected[len(token_ids) - 1 + step]
+        assert (ours - theirs).abs().max() < TOLERANCE, f"row {name}, step {step}"
+        best = theirs.topk(2)
+        if best.values[0] - best.values[1] > TOLERANCE:
+            assert token == best.indices[0], f"row {name}, step {step}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("peft_type", PEFT_TYPES)
+def test_mixed_batch_equals_peft_alone(
+    architecture: str, peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    info = tiny_info(model)
+    rng = random.Random(f"{architecture} {peft_type}")
+    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=48)
+    folders: dict[int, Path] = {}
+    prompts: dict[int, SoftPrompt] = {}
+    for number, length in enumerate((1, 7, 20, 100)):
+        folders[number] = save_adapter(model, tmp_path / str(number), peft_type, length, seed=number)
+        prompts[number] = read_folder(folders[number], info, task_id(peft_type, number)).prompt
+        assert prompts[number].num_virtual_tokens == length
+    rows: list[tuple[int | None, list[int]]] = []
+    for chosen in (0, 1, None, 0, 2, 3, None, 1, 3, 2, 0):
+        rows.append((chosen, [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 60))]))
+    rows.append((3, [5]))  # the shortest text
+    for chosen, token_ids in rows:
+        harness.add(None if chosen is None else prompts[chosen], token_ids, max_tokens=NEW_TOKENS)
+    harness.run()
+    for name, (chosen, token_ids) in enumerate(rows):
+        folder = None if chosen is None else folders[chosen]
+        text = token_ids + harness.ids(name)
+        expected = oracle_logits(model, folder, text, task_id(peft_type, chosen or 0))
+        assert_equals_oracle(harness, name, token_ids, expected)
+    harness.assert_clean()
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT, right at batch 1
+@pytest.mark.parametrize("peft_type", PEFT_TYPES)
+def test_greedy_tokens_equal_peft_generate(
+    peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    info = tiny_info(model)
+    harness = Harness(model, info, monkeypatch)
+    folder = save_adapter(model, tmp_path, peft_type, 20, seed=5)
+    prompt = read_folder(folder, info, task_id(peft_type, 1)).prompt
+    texts = [[3, 1, 4, 1, 5], [9, 2, 6], [5]]
+    for token_ids in texts:
+        harness.add(prompt, token_ids, max_tokens=20)
+        harness.add(None, token_ids, max_tokens=20)
+    harness.run()
+    for row, token_ids in enumerate(texts):
+        assert harness.ids(2 * row) == oracle_generate(model, folder, token_ids, 20, task_id(peft_type, 1))
+        assert harness.ids(2 * row) != harness.ids(2 * row + 1), "the prompt has no effect"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    harness = Harness(model, tiny_info(model), monkeypatch, max_num_batched_tokens=40)
+    rng = random.Random(architecture)
+    embeddings = model.get_input_embeddings().weight.detach()
+    scale = getattr(
+        model.get_input_embeddings(), "scalar_embed_scale", 1.0
+    )  # Gemma 3 scales inside the layer
+    pairs = []
+    for length in (1, 7, 16, 20, 33, 100):
+        virtual = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+        prompt = SoftPrompt("embedding", embeddings[virtual] * scale, digest=f"sha256:{length}")
+        text = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))]
+        pairs.append(
+            (harness.add(prompt, text, max_tokens=10), harness.add(None, virtual + text, max_tokens=10))
+        )
+    harness.run()
+    for number in range(len(pairs)):
+        soft, plain = 2 * number, 2 * number + 1
+        assert harness.ids(soft) == harness.ids(plain)
+        for ours, theirs in zip(harness.logits[soft], harness.logits[plain], strict=True):
+            assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_the_plain_forward(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    info = tiny_info(model)
+    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=32)
+    folder = save_adapter(model, tmp_path, "PROMPT_TUNING", 7, seed=1)
+    prompt = read_folder(folder, info).prompt
+    rng = random.Random(0)
+    requests = []
+    for chosen in (prompt, None, prompt):
+        context = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))]
+        continuations = [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in (1, 3, 1, 5, 20, 2)]
+        requests.append((chosen, context, continuations, harness.score(chosen, context, continuations)))
+    harness.add(prompt, [1, 2, 3])
+    harness.run()
+    for chosen, context, continuations, results in requests:
+        (logprobs,) = results
+        for continuation, found in zip(continuations, logprobs, strict=True):
+            logits = oracle_logits(model, folder if chosen else None, context + continuation)
+            expected = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
+            expected = expected.gather(-1, torch.tensor(continuation)[:, None]).squeeze(-1)
+            torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
+    harness.assert_clean()
