@@ -50,15 +50,11 @@ def check(scheduler: Scheduler) -> None:
 def test_random_traffic_keeps_the_books_and_ends(seed: int) -> None:
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 16])
-    scheduler = Scheduler(
-        BlockManager(rng.randint(12, 40), block_size), rng.randint(1, 8), rng.randint(8, 40)
-    )
+    scheduler = Scheduler(BlockManager(rng.randint(12, 40), block_size), rng.randint(1, 8), rng.randint(8, 40))
     prompts = [FakePrompt(f"sha256:{i}", rng.randint(1, 3 * block_size)) for i in range(5)]
     todo = []
     for _ in range(30):
-        new = sequence(
-            rng.choice([None, *prompts]), rng.randint(1, 4 * block_size), rng.randint(1, 2 * block_size)
-        )
+        new = sequence(rng.choice([None, *prompts]), rng.randint(1, 4 * block_size), rng.randint(1, 2 * block_size))
         if scheduler.blocks.fits_alone(new.num_virtual_tokens, new.num_tokens + new.params.max_tokens):
             todo.append(new)
     assert len(todo) > 5
@@ -141,14 +137,14 @@ def test_eviction_takes_the_least_recently_used_idle_prefix() -> None:
         table = blocks.allocate(1)
         assert table is not None
         blocks.add(Prefix(key, 4, table))
-    blocks.prefix("a")  # used again: "b" is now the oldest
-    in_use = blocks.prefix("c")
-    assert in_use is not None
-    in_use.users = 1
+    for key in "bca":  # used again, so "b" is now the oldest
+        in_use = blocks.prefix(key)
+        assert in_use is not None
+        in_use.users = int(key == "b")
     assert blocks.allocate(2) is not None
-    assert blocks.prefix("b") is None and blocks.prefix("a") is not None
-    assert blocks.allocate(2) is None, "only one more can be freed: c is in use"
-    assert blocks.prefix("a") is not None, "a request that cannot be met evicts nothing"
+    assert blocks.prefix("c") is None, "b is older, but in use"
+    assert blocks.allocate(2) is None, "only one more can be freed"
+    assert blocks.prefix("b") and blocks.prefix("a"), "a request that cannot be met evicts nothing"
     assert blocks.num_evictions == 1
 
 

@@ -1,7 +1,7 @@
 """Accounts for the KV cache in blocks of positions; holds no tensors.
 
 Blocks are reference-counted, so sequences share the full blocks of a prefix and copy only its partial last one.
-Block 0 is never given out: padding points there.
+Block 0 is never given out, so never written: padding points there.
 """
 
 from __future__ import annotations

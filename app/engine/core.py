@@ -153,9 +153,7 @@ class EngineCore:
             if len(tokens) == 1:
                 score.pending -= 1
             else:
-                sequence = ContinuationSequence(
-                    [*context.token_ids, *tokens], score.prompt, score=score, index=index
-                )
+                sequence = ContinuationSequence([*context.token_ids, *tokens], score.prompt, score=score, index=index)
                 self.scheduler.add(sequence, first=True)
 
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:

@@ -15,8 +15,9 @@ from app.soft_prompt import BaseInfo, SoftPrompt
 class BatchSlots:
     """Where a padded batch of rows reads and writes, in slots (block * block_size + offset).
 
-    `read` is [rows, max positions], padded with slot 0; `write` is [tokens] for the tokens at `valid`, flat indices
-    into [rows, max tokens]; `valid` is None when no row is padded.
+    `read` is [rows, max positions]; behind a row's last position it points to slot 0, which is never written and so
+    stays finite (masked positions get weight 0, and 0 * NaN would still poison a row). `write` is [tokens], for the
+    tokens at `valid`, flat indices into [rows, max tokens]; `valid` is None when no row is padded.
     """
 
     read: torch.Tensor
@@ -34,11 +35,6 @@ class KVCache:
         shape = (info.num_layers, 2, num_blocks * block_size, info.num_kv_heads, info.head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self._blocks = self.data.view(info.num_layers, 2, num_blocks, block_size, -1)
-
-    def zero(self, blocks: list[int]) -> None:
-        """Forget what blocks held. Masked positions get weight 0, and 0 * NaN would still poison a row."""
-        if blocks:
-            self._blocks[:, :, blocks] = 0
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, target)."""

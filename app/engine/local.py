@@ -55,9 +55,7 @@ class LocalEngine:
         self._info = info
         self._max_in_flight = max_num_seqs + max_waiting
         num_blocks = 1 + -(-(kv_cache_tokens or _default_cache_tokens(model, info)) // BLOCK_SIZE)
-        cache = KVCache(
-            info, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
-        )
+        cache = KVCache(info, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device)
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self._scheduler = Scheduler(self._blocks, max_num_seqs, max(max_num_batched_tokens, max_num_seqs))
         self._core = EngineCore(self._blocks, self._scheduler, ModelRunner(model, info, cache))
@@ -192,13 +190,9 @@ class LocalEngine:
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         bad = next((i for i in token_ids if not 0 <= i < self._info.vocab_size), None)
         if bad is not None:
-            raise InvalidRequest(
-                f"token id {bad} is not in the vocabulary of {self._info.vocab_size}", param="input"
-            )
+            raise InvalidRequest(f"token id {bad} is not in the vocabulary of {self._info.vocab_size}", param="input")
 
-    def _submit(
-        self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None
-    ) -> None:
+    def _submit(self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None) -> None:
         def release() -> None:
             with self._door:
                 self._num_in_flight -= 1

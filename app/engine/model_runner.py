@@ -20,9 +20,7 @@ from app.engine.sequence import ContextSequence, ContinuationSequence, Generatio
 from app.errors import InvalidBaseModel, NumericalError
 from app.soft_prompt import BaseInfo, SoftPrompt
 
-SELF_CHECK_TOLERANCE = (
-    5e-2  # relative to the largest logit, so that low precision passes and wrong masks do not
-)
+SELF_CHECK_TOLERANCE = 5e-2  # relative to the largest logit, so that low precision passes and wrong masks do not
 
 
 @dataclass(eq=False)
@@ -55,7 +53,6 @@ class ModelRunner:
     def run(self, step: Step) -> StepOutput:
         """Carry out a step. A prefix that cannot be loaded fails alone; its rows are left out."""
         output = StepOutput()
-        self.cache.zero(step.fresh_blocks)
         for prompt, prefix in step.loads:
             try:
                 self.load(prompt, prefix)
@@ -85,7 +82,6 @@ class ModelRunner:
     def probe(self, prefix: Prefix, block: int) -> bool:
         """Whether one token behind the prefix gives finite logits. `block` is scratch memory."""
         num_full = prefix.num_tokens // self.cache.block_size
-        self.cache.zero([block])
         self.cache.copy([(source, block) for source in prefix.block_table[num_full:]])
         table = [*prefix.block_table[:num_full], block]
         spans = [(table, prefix.num_tokens, prefix.num_tokens + 1)]
@@ -175,24 +171,29 @@ class ModelRunner:
         Models that ignore our masks or positions (ALiBi, recurrent states) would give wrong tokens in silence;
         this finds them at start. Raises InvalidBaseModel.
         """
-        size = self.cache.block_size
-        ids = torch.arange(1, 8) * 37 % self._info.vocab_size
-        plain = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0, -1].float()
-        self.cache.zero(blocks)
-        table = blocks[: -(-len(ids) // size)]
-        other = blocks[len(table) :]
-        self._forward([(table, 0, 3)], num_logits=1, input_ids=ids[None, :3])
-        batch = torch.stack([torch.cat([ids[:3] * 0, ids[:1]]), ids[3:]])
-        ours = self._forward([(other, 0, 1), (table, 3, len(ids))], num_logits=1, input_ids=batch)[
-            1, -1
-        ].float()
-        error = float((ours - plain).abs().max() / plain.abs().max())
+        try:
+            error = self._self_check_error(blocks)
+        except Exception as cause:
+            raise InvalidBaseModel(
+                f"{self._info.architecture} cannot be served: its forward failed: {cause}"
+            ) from cause
         if not error < SELF_CHECK_TOLERANCE:
             raise InvalidBaseModel(
                 f"{self._info.architecture} cannot be served in mixed batches: its logits differ by a factor of "
                 f"{error:.3g} from its own forward (limit {SELF_CHECK_TOLERANCE}); it needs causal attention that "
                 "honours attention masks and position ids"
             )
+
+    def _self_check_error(self, blocks: list[int]) -> float:
+        size = self.cache.block_size
+        ids = torch.arange(1, 8) * 37 % self._info.vocab_size
+        plain = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0, -1].float()
+        table = blocks[: -(-len(ids) // size)]
+        other = blocks[len(table) :]
+        self._forward([(table, 0, 3)], num_logits=1, input_ids=ids[None, :3])
+        batch = torch.stack([torch.cat([ids[:3] * 0, ids[:1]]), ids[3:]])
+        ours = self._forward([(other, 0, 1), (table, 3, len(ids))], num_logits=1, input_ids=batch)[1, -1].float()
+        return float((ours - plain).abs().max() / plain.abs().max())
 
 
 def _groups(rows: list[Row]) -> Iterator[list[Row]]:

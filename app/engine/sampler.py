@@ -9,9 +9,7 @@ import torch
 from app.engine import SamplingParams
 
 
-def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
-) -> list[int | None]:
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int | None]:
     """One token id a row; None where the row's logits are not finite.
 
     `logits` is [rows, vocab_size]; `draws` holds one uniform number in [0, 1) a row, used by rows with a temperature.

@@ -34,7 +34,6 @@ class Row:
 class Step:
     """What the model runner does, in this order."""
 
-    fresh_blocks: list[int] = field(default_factory=list)  # to be zeroed
     loads: list[tuple[SoftPrompt, Prefix]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, target) blocks
     rows: list[Row] = field(default_factory=list)
@@ -73,7 +72,7 @@ class Scheduler:
                 continue
             # A long prompt takes what the rows after it leave: one token each.
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget - (len(turns) - turn))
-            if self._grow(step, sequence, sequence.num_computed_tokens + count):
+            if self._grow(sequence, sequence.num_computed_tokens + count):
                 budget -= count
                 self._add_row(step, sequence, count)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
@@ -112,7 +111,6 @@ class Scheduler:
                 return None
             prefix = Prefix(prompt.digest, prompt.num_virtual_tokens, table)
             self.blocks.add(prefix)
-            step.fresh_blocks += table
             step.loads.append((prompt, prefix))
         return prefix
 
@@ -142,17 +140,15 @@ class Scheduler:
         if prefix is not None:
             step.copies += copies
         sequence.block_table += blocks
-        step.fresh_blocks += blocks
         return True
 
-    def _grow(self, step: Step, sequence: Sequence, num_tokens: int) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for `num_tokens` positions, preempting the newest sequences; False if that was `sequence`."""
         missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
         while missing > 0:
             blocks = self.blocks.allocate(missing)
             if blocks is not None:
                 sequence.block_table += blocks
-                step.fresh_blocks += blocks
                 break
             victim = self.running[-1]
             self._preempt(victim)

@@ -1,0 +1,39 @@
+"""What every test gets: no hub, no settings from outside, and the default base model where it can be had."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from app.base_model import BaseModel, load_base_model
+from app.config import PREFIX, Settings
+from app.errors import InvalidBaseModel
+
+_CACHE_DIR = Settings.load().cache_dir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models lose more to threads than they gain, and sums come out the same every time."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith(PREFIX) or name == "PORT":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def default_base() -> BaseModel:
+    """The default base model, in float32 on the CPU. Tests that use it carry the marker `model`."""
+    try:
+        return load_base_model("smollm2-135m-instruct", cache_dir=_CACHE_DIR, device="cpu")
+    except InvalidBaseModel as error:
+        pytest.skip(f"the default base model is not in the cache and cannot be fetched: {error}")

@@ -1,0 +1,390 @@
+"""The engine with its thread: admission, cancelling, failures, hot swaps, and a base that never changes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+
+from app.engine import SamplingParams, Token
+from app.engine.local import LocalEngine
+from app.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    InvalidBaseModel,
+    InvalidRequest,
+    NotReady,
+    NumericalError,
+    Overloaded,
+)
+from app.soft_prompt import BaseInfo, SoftPrompt
+from tests.peft_oracle import PEFT_TYPES, oracle_generate, read_folder, save_adapter
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_info, tiny_model
+
+pytestmark = pytest.mark.anyio
+
+TEXT = [3, 1, 4, 1, 5]
+
+
+def greedy(max_tokens: int = 10, **params: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **params)
+
+
+def random_prompt(seed: int, length: int = 7) -> SoftPrompt:
+    tensor = torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+    return SoftPrompt("embedding", tensor, digest=f"sha256:{seed}")
+
+
+async def collect(generation: AsyncIterator[Token]) -> list[int]:
+    return [token.id async for token in generation if token.id is not None]
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(name.encode() + tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Releases:
+    """Counts calls of on_release, from whatever thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    async def wait_for(self, count: int) -> None:
+        for _ in range(500):
+            if self.count >= count:
+                break
+            await asyncio.sleep(0.01)
+        assert self.count == count
+
+
+@pytest.fixture
+def start() -> Any:
+    """Start engines on a tiny Llama; they are stopped, and must be empty, at the end."""
+    engines: list[LocalEngine] = []
+
+    def _start(model: PreTrainedModel | None = None, **options: Any) -> LocalEngine:
+        model = model or tiny_model("llama")
+        engine = LocalEngine(model, tiny_info(model), **({"kv_cache_tokens": 2_048} | options))
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield _start
+    for engine in engines:
+        engine.stop()
+        assert not engine._core._releases
+
+
+def step_hook(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, hook: Callable[[Any], None]) -> None:
+    """Call `hook(step)` before the model runs a step."""
+    run = engine._core.runner.run
+    monkeypatch.setattr(engine._core.runner, "run", lambda step: (hook(step), run(step))[1])
+
+
+async def test_tokens_stream_and_end_with_a_reason(start: Any) -> None:
+    engine = start()
+    releases = Releases()
+    generation = engine.generate(None, TEXT, greedy(5), on_release=releases)
+    tokens = [token async for token in generation]
+    assert [token.finish_reason for token in tokens] == [None] * 4 + ["length"]
+    stop = tokens[2].id
+    first = [token.id for token in tokens].index(stop)
+    again = [
+        t async for t in engine.generate(None, TEXT, greedy(5, stop_token_ids=frozenset({stop})), on_release=releases)
+    ]
+    assert again[:-1] == tokens[:first]
+    assert again[-1] == Token(None, "stop")
+    await releases.wait_for(2)
+
+
+async def test_the_same_seed_gives_the_same_tokens_in_any_company(start: Any) -> None:
+    engine = start()
+    prompt = random_prompt(1)
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=42)
+    alone = await collect(engine.generate(prompt, TEXT, params))
+    others = [engine.generate(random_prompt(i % 3), [i + 1] * 9, SamplingParams(max_tokens=15)) for i in range(12)]
+    crowd = await asyncio.gather(collect(engine.generate(prompt, TEXT, params)), *map(collect, others))
+    assert crowd[0] == alone
+    different = await collect(engine.generate(prompt, TEXT, SamplingParams(max_tokens=20, seed=43)))
+    assert different != alone
+
+
+async def test_a_stream_keeps_its_version_while_the_task_is_replaced(start: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    engine = start(model)
+    info = tiny_info(model)
+    folders = [save_adapter(model, tmp_path / str(i), "PROMPT_TUNING", 20, seed=i) for i in range(2)]
+    old, new = (read_folder(folder, info).prompt for folder in folders)
+    stream = engine.generate(old, TEXT, greedy(40))
+    tokens = [await anext(stream)]
+    await engine.unload(old.digest)  # the task now names another version
+    await engine.load(new)
+    after = await collect(engine.generate(new, TEXT, greedy(40)))
+    tokens += [token async for token in stream]
+    assert [token.id for token in tokens] == oracle_generate_quietly(model, folders[0], 40)
+    assert after == oracle_generate_quietly(model, folders[1], 40)
+
+
+def oracle_generate_quietly(model: PreTrainedModel, folder: Path, count: int) -> list[int]:
+    with pytest.warns(UserWarning, match="Position ids are not supported"):
+        return oracle_generate(model, folder, TEXT, count)
+
+
+async def test_prompts_are_computed_once_however_many_rows_use_them(start: Any) -> None:
+    engine = start()
+    prompts = [random_prompt(1), random_prompt(2, length=40)]
+    jobs = [collect(engine.generate(prompts[i % 2], [i + 1], greedy(5))) for i in range(20)]
+    await asyncio.gather(*jobs)
+    await engine.load(prompts[0])
+    assert engine.stats().prefix_loads == 2
+    assert engine.stats().prefixes == 2
+    await engine.unload(prompts[0].digest)
+    await engine.load(prompts[1])
+    assert engine.stats().prefixes == 1
+
+
+async def test_more_prompts_than_the_cache_holds(start: Any) -> None:
+    engine = start(kv_cache_tokens=160, max_num_seqs=4)
+    prompts = [random_prompt(i, length=20) for i in range(12)]
+    expected = [await collect(engine.generate(prompt, TEXT, greedy(30))) for prompt in prompts]
+    mixed = await asyncio.gather(*[collect(engine.generate(p, TEXT, greedy(30))) for p in prompts for _ in (0, 1)])
+    assert mixed == [tokens for tokens in expected for _ in (0, 1)]
+    stats = engine.stats()
+    assert stats.prefix_evictions > 0 and stats.preemptions > 0, "the test did not press"
+
+
+async def test_closing_frees_everything_at_once(start: Any) -> None:
+    engine = start()
+    releases = Releases()
+    before = engine.stats().kv_blocks_used
+    running = [engine.generate(None, TEXT, greedy(400), on_release=releases) for _ in range(4)]
+    for generation in running:
+        await anext(generation)
+        await generation.aclose()
+        await generation.aclose()
+    await releases.wait_for(4)
+    assert engine.stats().kv_blocks_used == before and engine.stats().running == 0
+    assert engine.stats().steps < 100, "they ran on to their end"
+    assert [token async for token in running[0]] == []
+
+
+async def test_closing_before_the_first_token(start: Any) -> None:
+    engine = start(max_num_seqs=1)
+    releases = Releases()
+    long = engine.generate(None, TEXT, greedy(300), on_release=releases)
+    queued = engine.generate(None, TEXT, greedy(300), on_release=releases)
+    await queued.aclose()
+    await long.aclose()
+    await releases.wait_for(2)
+
+
+async def test_a_cancelled_score_is_released(start: Any) -> None:
+    engine = start(max_num_seqs=1)
+    releases = Releases()
+    long = engine.generate(None, TEXT, greedy(400))
+    task = asyncio.create_task(engine.score(random_prompt(1), TEXT, [[1, 2], [3]], on_release=releases))
+    await anext(long)
+    task.cancel()
+    await releases.wait_for(1)
+    await long.aclose()
+
+
+async def test_scores_in_a_small_cache_equal_scores_in_a_large_one(start: Any) -> None:
+    small, large = start(kv_cache_tokens=96, max_num_seqs=3), start()
+    prompt = random_prompt(1, length=20)
+    continuations = [[i, i + 1, i + 2] * 3 for i in range(1, 12)]
+    jobs = [(prompt, [9] * 30), (None, [8] * 40), (prompt, [7] * 3)]
+    found = await asyncio.gather(*[small.score(p, text, continuations) for p, text in jobs])
+    expected = await asyncio.gather(*[large.score(p, text, continuations) for p, text in jobs])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
+
+
+async def test_a_score_whose_context_leaves_no_room_is_computed_without_it(start: Any) -> None:
+    continuations = [[1] * 8, [2] * 8, [3]]
+    tight = await start(kv_cache_tokens=48).score(None, [9] * 40, continuations)
+    roomy = await start().score(None, [9] * 40, continuations)
+    for ours, theirs in zip(tight, roomy, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "text", "new", "fits"), [(7, 500, 5, True), (7, 500, 6, False), (0, 512, 1, False)])
+async def test_context_length_counts_virtual_tokens(start: Any, length: int, text: int, new: int, fits: bool) -> None:
+    engine = start()
+    prompt = random_prompt(1, length) if length else None
+    releases = Releases()
+    if fits:
+        generation = engine.generate(prompt, [1] * text, greedy(new), on_release=releases)
+        assert len(await collect(generation)) == new
+    else:
+        with pytest.raises(ContextLengthExceeded, match="the limit is 512") as caught:
+            engine.generate(prompt, [1] * text, greedy(new), on_release=releases)
+        assert f"{length} virtual tokens" in caught.value.message
+        assert releases.count == 0
+
+
+async def test_what_can_be_refused_is_refused_at_the_door(start: Any) -> None:
+    engine = start(max_num_seqs=1, max_waiting=1)
+    for bad in ([], [VOCAB_SIZE], [-1]):
+        with pytest.raises(InvalidRequest):
+            engine.generate(None, bad, greedy())
+    with pytest.raises(InvalidRequest, match="continuation"):
+        await engine.score(None, TEXT, [[1], []])
+    held = [engine.generate(None, TEXT, greedy(300)) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        engine.generate(None, TEXT, greedy())
+    for generation in held:
+        await generation.aclose()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.full((7, 32), float("nan")),  # found when it is loaded
+        torch.full((3, 2, 2, 7, 8), 3e38),  # finite, but not what attention makes of it: found by its logits
+    ],
+    ids=["embedding", "kv"],
+)
+async def test_a_prompt_that_breaks_the_model_fails_alone(start: Any, tensor: torch.Tensor) -> None:
+    engine = start()
+    bad = SoftPrompt("embedding" if tensor.dim() == 2 else "kv", tensor, digest="sha256:bad")
+    good = random_prompt(1)
+    expected = await collect(engine.generate(good, TEXT, greedy(30)))
+    with pytest.raises(NumericalError):
+        await engine.load(bad)
+    beside = engine.generate(good, TEXT, greedy(30))
+    first = await anext(beside)
+    releases = Releases()
+    for _ in range(3):
+        with pytest.raises(NumericalError):
+            await collect(engine.generate(bad, TEXT, greedy(), on_release=releases))
+        with pytest.raises(NumericalError):
+            await engine.score(bad, TEXT, [[1, 2]], on_release=releases)
+    assert [first.id, *await collect(beside)] == expected
+    await releases.wait_for(6)
+
+
+async def test_blocks_that_held_nan_are_clean_for_the_next_row(start: Any) -> None:
+    """A masked position has weight 0, and 0 * NaN is NaN: stale blocks would poison whoever gets them."""
+    engine = start(kv_cache_tokens=96)
+    expected = [await collect(engine.generate(None, TEXT * n, greedy(20))) for n in (1, 4)]
+    poisonous = SoftPrompt("kv", torch.full((3, 2, 2, 40, 8), 3e38), digest="sha256:bad")
+    for _ in range(3):
+        with pytest.raises(NumericalError):
+            await collect(engine.generate(poisonous, TEXT, greedy(20)))
+        assert [await collect(engine.generate(None, TEXT * n, greedy(20))) for n in (1, 4)] == expected
+
+
+async def test_an_exception_in_a_step_fails_its_rows_and_the_engine_goes_on(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    releases = Releases()
+    expected = await collect(engine.generate(None, TEXT, greedy()))
+    fuse = [True]
+
+    def blow(step: Any) -> None:
+        if step.rows and fuse:
+            fuse.pop()
+            raise RuntimeError("secret detail")
+
+    step_hook(engine, monkeypatch, blow)
+    with pytest.raises(EngineFailed) as caught:
+        await collect(engine.generate(random_prompt(3), TEXT, greedy(), on_release=releases))
+    assert "secret" not in caught.value.message
+    await releases.wait_for(1)
+    assert await collect(engine.generate(None, TEXT, greedy())) == expected
+
+
+async def test_a_dead_engine_thread_answers_everybody(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start()
+    releases = Releases()
+    generation = engine.generate(None, TEXT, greedy(400), on_release=releases)
+    await anext(generation)
+
+    def die() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine._core.scheduler, "schedule", die)
+    with pytest.raises(EngineFailed):
+        await collect(generation)
+    await releases.wait_for(1)
+    with pytest.raises(NotReady):
+        engine.generate(None, TEXT, greedy())
+    with pytest.raises(NotReady):
+        await engine.load(random_prompt(1))
+    await asyncio.sleep(0.05)
+    assert engine.stats().seconds_since_progress > 0.04
+
+
+async def test_stop_answers_what_is_in_flight(start: Any) -> None:
+    engine = start(max_num_seqs=1)
+    releases = Releases()
+    jobs = [
+        asyncio.create_task(collect(engine.generate(None, TEXT, greedy(400), on_release=releases))) for _ in range(3)
+    ]
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(engine.stop)
+    results = await asyncio.gather(*jobs, return_exceptions=True)
+    assert all(isinstance(result, NotReady) for result in results)
+    await releases.wait_for(3)
+
+
+async def test_an_idle_engine_shows_signs_of_life(start: Any) -> None:
+    engine = start()
+    await asyncio.sleep(1.2)
+    assert engine.stats().seconds_since_progress < 0.7
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_no_byte_of_the_base_changes(architecture: str, start: Any, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    before = weights_digest(model)
+    engine = start(model)
+    info = tiny_info(model)
+    for number, peft_type in enumerate(PEFT_TYPES):
+        prompt = read_folder(save_adapter(model, tmp_path / peft_type, peft_type, 5, seed=number), info).prompt
+        await engine.load(prompt)
+        await asyncio.gather(
+            collect(engine.generate(prompt, TEXT, SamplingParams(max_tokens=5))),
+            engine.score(prompt, TEXT, [[1, 2], [3]]),
+        )
+    assert weights_digest(model) == before
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_trainable_base_is_refused() -> None:
+    model = tiny_model("llama")
+    info = tiny_info(model)
+    next(model.parameters()).requires_grad_(True)
+    with pytest.raises(ValueError, match="requires grad"):
+        LocalEngine(model, info, kv_cache_tokens=256)
+
+
+def test_a_model_that_ignores_position_ids_is_found_out_at_start() -> None:
+    config = BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
+    model = BloomForCausalLM(config).eval().requires_grad_(False)
+    info = BaseInfo("bloom", "sha256:0", "BloomForCausalLM", 32, 2, 4, 8, VOCAB_SIZE, 512)
+    with pytest.raises(InvalidBaseModel, match="BloomForCausalLM cannot be served"):
+        LocalEngine(model, info, kv_cache_tokens=256).start()
+
+
+async def test_probabilities_of_scores_are_a_distribution(start: Any) -> None:
+    scores = await start().score(random_prompt(2), TEXT, [[i] for i in range(VOCAB_SIZE)])
+    assert math.isclose(sum(math.exp(logprob) for (logprob,) in scores), 1.0, abs_tol=1e-4)
