@@ -1,0 +1,208 @@
+"""The command line: serve, model, train, eval."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app import __version__
+from app.config import Settings
+from app.errors import SoftpromptError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+model_app = typer.Typer(no_args_is_help=True, help="The base model.")
+app.add_typer(model_app, name="model")
+
+out, err = Console(), Console(stderr=True)
+
+Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
+Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.jsonl, test.jsonl), or one JSONL file")]
+
+
+def main() -> None:
+    """Entry point: errors of ours are one readable line and exit code 1."""
+    try:
+        app()
+    except SoftpromptError as error:
+        err.print(f"[red]error[/red] ({error.code}): ", end="")
+        err.print(error.message, markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it")] = False,
+) -> None:
+    """One frozen language model, many soft prompts, chosen per request.
+
+    Settings come from SOFTPROMPT_* variables; options win over them.
+    """
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
+    registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
+) -> None:
+    """Serve the HTTP API."""
+    settings = Settings.load(host=host, port=port, model=model, registry=registry)
+    from app.main import serve as run  # torch and transformers take seconds that --help need not
+
+    run(settings)
+
+
+@model_app.command()
+def pull() -> None:
+    """Fetch and convert the base model into the cache, once."""
+    settings = Settings.load()
+    from app.model_source import fetch_base_model
+
+    out.print(str(fetch_base_model(settings.model, cache_dir=settings.cache_dir)), highlight=False, soft_wrap=True)
+
+
+@model_app.command()
+def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False) -> None:
+    """Name, fingerprint and dimensions of the base model."""
+    base = _load_base(Settings.load())
+    facts: dict[str, Any] = vars(base.info) | {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "path": str(base.path),
+    }
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201  # rich would wrap it
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    out.print(table)
+
+
+@app.command()
+def train(
+    task: Task,
+    data: Data,
+    template: Annotated[str, typer.Option(help='How {input} becomes text, e.g. "{input}\\nSentiment:"')] = "{input}\n",
+    classify: Annotated[bool, typer.Option(help="The targets are labels; scores and serves /v1/classify")] = False,
+    init_text: Annotated[str, typer.Option(help="Instruction whose embeddings the virtual tokens start from")] = "",
+    instruction: Annotated[str, typer.Option(help="What the zero-shot baseline is told; default: --init-text")] = "",
+    virtual_tokens: Annotated[int, typer.Option(help="Length of the soft prompt")] = 20,
+    steps: Annotated[int, typer.Option(help="Most steps to train")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Rows a step")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="In units of the embedding RMS")] = 0.2,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations")] = 25,
+    eval_rows: Annotated[int, typer.Option(help="Validation rows measured each time")] = 200,
+    patience: Annotated[int, typer.Option(help="Validations without improvement before stopping")] = 6,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Default length of the answer, for generation")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Default stop string, for generation")] = None,
+    description: Annotated[str, typer.Option(help="What the task does, for its manifest")] = "",
+    source: Annotated[list[str] | None, typer.Option(help="Origin of the data, as key=value, e.g. licence=MIT")] = None,
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+    out_dir: Annotated[Path | None, typer.Option(help="Working folder; default: in the cache folder")] = None,
+    baselines: Annotated[bool, typer.Option(help="Also score the base model without a soft prompt")] = True,
+) -> None:
+    """Train a soft prompt, score it on the test rows and publish it in the registry folder.
+
+    A run that was stopped goes on where it was when started again with the same options.
+    """
+    settings = Settings.load()
+    from app.cli_train import train_and_publish
+    from app.text import Template
+    from app.train import Recipe
+    from app.train.job import Job, Splits
+
+    splits = Splits.read(data)
+    job = Job(
+        task=task,
+        splits=splits,
+        template=Template(_unescape(template)),
+        recipe=Recipe(
+            num_virtual_tokens=virtual_tokens,
+            init_text=init_text,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            max_steps=steps,
+            warmup_steps=min(15, steps - 1),
+            eval_every=eval_every,
+            eval_rows=eval_rows,
+            patience=patience,
+            seed=seed,
+        ),
+        labels=splits.labels() if classify else None,
+        max_tokens=max_tokens,
+        stop=[_unescape(text) for text in stop or []],
+        instruction=instruction or init_text,
+        description=description,
+        source=dict(_pair(text) for text in source or []),
+        command=shlex.join(["softprompt", *sys.argv[1:]]),
+    )
+    work = out_dir or settings.cache_dir / "training" / task
+    train_and_publish(job, settings, _load_base(settings), work, alias=alias or None, baselines=baselines, console=err)
+
+
+@app.command("eval")
+def evaluate(
+    reference: Annotated[str, typer.Argument(help="task, task:7, task@alias, or the base model's name")],
+    data: Annotated[Path, typer.Option(help="JSONL rows of input and target")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Score a published prompt on held-out rows."""
+    settings = Settings.load()
+    from app.cli_train import evaluate_reference
+    from app.train import read_rows
+
+    rows = read_rows(data)
+    scores = asyncio.run(evaluate_reference(reference, rows, settings, _load_base(settings), console=err))
+    if as_json:
+        print(json.dumps(scores))  # noqa: T201
+    else:
+        out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
+
+
+def _load_base(settings: Settings) -> Any:
+    import torch
+
+    from app.base_model import load_base_model
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return load_base_model(
+        settings.model,
+        cache_dir=settings.cache_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+    )
+
+
+def _unescape(text: str) -> str:
+    """A shell's "\\n" and "\\t" as line feed and tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise typer.BadParameter(f"{text!r} is not key=value", param_hint="--source")
+    return key, value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What a training tells: progress after every step, and a report at its end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_progress` is given after every step. Losses are nats per answer token."""
+
+    step: int  # finished steps
+    max_steps: int
+    train_loss: float  # of this step's batch
+    validation_loss: float | None  # measured after this step, or None
+    best_step: int  # 0 before the first evaluation
+    learning_rate: float  # absolute, as AdamW used it
+    trained_tokens: int  # text tokens run through the model so far
+    seconds: float  # spent training, over all resumed parts
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a finished run did; `as_dict` is JSON and goes to the manifest's lineage."""
+
+    steps: int
+    best_step: int
+    best_validation_loss: float  # nats per answer token
+    curve: list[dict[str, float]]  # step, train_loss (mean since the last point), validation_loss
+    stopped: str  # "max_steps" or "no improvement"
+    seconds: float
+    trained_tokens: int
+    train_rows: int
+    validation_rows: int
+    data_digest: str  # sha256 of the rows
+    seed: int
+    template: str | None
+    base_name: str
+    recipe: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+    def save(self, folder: Path, identity: str) -> None:
+        """Write report.json; `identity` names everything that shaped the result."""
+        (folder / REPORT_FILE).write_text(json.dumps({"identity": identity, **self.as_dict()}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, identity: str) -> TrainReport | None:
+        """The report of a run of that identity that finished in `folder`, or None."""
+        try:
+            fields = json.loads((folder / REPORT_FILE).read_text())
+            return cls(**fields) if fields.pop("identity") == identity else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None

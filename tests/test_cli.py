@@ -1,0 +1,113 @@
+"""The command line on a tiny base: from rows to a published, scored task."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from app import __version__, cli
+from app.base_model import load_base_model
+from app.checkpoint import CONFIG_FILE
+from app.registry import Registry, Store
+from tests.tiny import save_tiny
+
+runner = CliRunner()
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_tiny(tmp_path / "tiny", "llama")
+    monkeypatch.setenv("SOFTPROMPT_MODEL", str(tmp_path / "tiny"))
+    monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
+    monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SOFTPROMPT_KV_CACHE_TOKENS", "4096")
+    rng = random.Random(0)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 40), ("validation", 8), ("test", 12)):
+        rows = [(f"{rng.choice(['good', 'fine'])} {i}", "pos") for i in range(count)]
+        rows += [(f"{rng.choice(['bad', 'poor'])} {i}", "neg") for i in range(count)]
+        lines = [json.dumps({"input": text, "target": target}) for text, target in rows]
+        (data / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def invoke(*arguments: str) -> Result:
+    return runner.invoke(cli.app, arguments, catch_exceptions=False)
+
+
+TRAIN = ("--template", r"{input}\nMood:", "--steps", "12", "--batch-size", "8", "--eval-every", "6")
+
+
+def registry(home: Path) -> Registry:
+    return Registry(Store(home / "prompts"), load_base_model(str(home / "tiny"), cache_dir=home / "cache").info)
+
+
+def test_train_scores_and_publishes_a_classifier(home: Path) -> None:
+    arguments = ("train", "mood", "--data", str(home / "data"), "--classify", *TRAIN)
+    result = invoke(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.")
+    assert result.exit_code == 0, result.output
+    version = registry(home).resolve("mood")
+    manifest = version.manifest
+    assert version.reference == "mood:1"
+    assert (manifest.template, manifest.labels) == ("{input}\nMood:", ["neg", "pos"])
+    assert manifest.description == "Moods." and manifest.lineage["data"]["licence"] == "MIT"
+    assert manifest.lineage["recipe"]["max_steps"] == 12 and manifest.lineage["steps"] == 12
+    assert manifest.metrics["rows"] == 24
+    for contestant in ("soft_prompt", "zero_shot"):
+        assert 0 <= manifest.metrics[contestant]["accuracy"] <= 1
+    assert manifest.metrics["floor"]["constant"]["accuracy"] == 0.5
+    assert manifest.metrics["floor"]["naive_bayes"]["accuracy"] == 1.0  # good, fine, bad, poor
+    config = json.loads(registry(home).read_file("mood", 1, CONFIG_FILE))
+    assert config["base_model_name_or_path"] == "tiny", "a machine's path has no business in a published file"
+
+    scores = invoke("eval", "mood@latest", "--data", str(home / "data" / "test.jsonl"), "--json")
+    assert json.loads(scores.stdout.splitlines()[-1]) == manifest.metrics["soft_prompt"]
+
+
+def test_train_generates_without_labels_and_can_leave_aliases_alone(home: Path) -> None:
+    arguments = ("train", "mood", "--data", str(home / "data"), *TRAIN, "--max-tokens", "4", "--stop", r"\n")
+    result = invoke(*arguments, "--alias", "", "--no-baselines")
+    assert result.exit_code == 0, result.output
+    task = registry(home).task("mood")
+    assert dict(task.aliases) == {}
+    manifest = task.versions[1].manifest
+    assert manifest.labels is None and manifest.defaults.max_tokens == 4 and manifest.defaults.stop == ["\n"]
+    assert set(manifest.metrics["soft_prompt"]) == {"exact_match", "rouge_l"}
+    assert "zero_shot" not in manifest.metrics and set(manifest.metrics["floor"]) == {"constant", "copy"}
+
+
+def test_model_show_is_json(home: Path) -> None:
+    facts = json.loads(invoke("model", "show", "--json").stdout)
+    assert facts["name"] == "tiny" and facts["hidden_size"] == 32 and Path(facts["path"]) == home / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nothing", "--data", "DATA/test.jsonl"], "not"),
+        (["train", "mood", "--data", "DATA/missing"], "neither a file nor a folder"),
+        (["train", "Bad Name", "--data", "DATA", *TRAIN], "name"),
+        (["train", "mood", "--data", "DATA", "--steps", "0"], "max_steps"),
+        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], "{input}"),
+    ],
+)
+def test_errors_are_one_readable_line(
+    home: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.replace("DATA", str(home / "data")) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["softprompt", *filled])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout.strip() == __version__
