@@ -29,9 +29,7 @@ class Harness:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 64,
     ) -> None:
-        cache = KVCache(
-            info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
-        )
+        cache = KVCache(info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device)
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
         self.core = EngineCore(self.blocks, self.scheduler, ModelRunner(model, info, cache))
@@ -57,9 +55,7 @@ class Harness:
         self.core.add(sequence, lambda: self.released.append(name))
         return sequence
 
-    def score(
-        self, prompt: SoftPrompt | None, token_ids: list[int], continuations: list[list[int]]
-    ) -> list[Any]:
+    def score(self, prompt: SoftPrompt | None, token_ids: list[int], continuations: list[list[int]]) -> list[Any]:
         """The list gets the result."""
         results: list[Any] = []
         score = Score(f"score:{id(results)}", prompt, continuations, results.append)

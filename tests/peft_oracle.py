@@ -45,9 +45,7 @@ def peft_config(peft_type: str, num_virtual_tokens: int, vocab_size: int) -> pef
     raise ValueError(peft_type)
 
 
-def save_adapter(
-    base: PreTrainedModel, folder: Path, peft_type: str, num_virtual_tokens: int, seed: int
-) -> Path:
+def save_adapter(base: PreTrainedModel, folder: Path, peft_type: str, num_virtual_tokens: int, seed: int) -> Path:
     """A randomised adapter, written by PEFT's own `save_pretrained`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -67,9 +65,7 @@ def read_folder(folder: Path, info: BaseInfo, task: int = 0) -> Checkpoint:
 
 
 @torch.inference_mode()
-def oracle_logits(
-    base: PreTrainedModel, folder: Path | None, token_ids: list[int], task: int = 0
-) -> torch.Tensor:
+def oracle_logits(base: PreTrainedModel, folder: Path | None, token_ids: list[int], task: int = 0) -> torch.Tensor:
     """[len(token_ids), vocab_size]: one forward over the whole text, without a cache of ours."""
     inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids])}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -68,9 +68,7 @@ def test_mixed_batch_equals_peft_alone(
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT, right at batch 1
 @pytest.mark.parametrize("peft_type", PEFT_TYPES)
-def test_greedy_tokens_equal_peft_generate(
-    peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_tokens_equal_peft_generate(peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     info = tiny_info(model)
     harness = Harness(model, info, monkeypatch)
@@ -94,17 +92,13 @@ def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
     harness = Harness(model, tiny_info(model), monkeypatch, max_num_batched_tokens=40)
     rng = random.Random(architecture)
     embeddings = model.get_input_embeddings().weight.detach()
-    scale = getattr(
-        model.get_input_embeddings(), "scalar_embed_scale", 1.0
-    )  # Gemma 3 scales inside the layer
+    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)  # Gemma 3 scales inside the layer
     pairs = []
     for length in (1, 7, 16, 20, 33, 100):
         virtual = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
         prompt = SoftPrompt("embedding", embeddings[virtual] * scale, digest=f"sha256:{length}")
         text = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))]
-        pairs.append(
-            (harness.add(prompt, text, max_tokens=10), harness.add(None, virtual + text, max_tokens=10))
-        )
+        pairs.append((harness.add(prompt, text, max_tokens=10), harness.add(None, virtual + text, max_tokens=10)))
     harness.run()
     for number in range(len(pairs)):
         soft, plain = 2 * number, 2 * number + 1
@@ -114,9 +108,7 @@ def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_equal_the_plain_forward(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_equal_the_plain_forward(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(architecture)
     info = tiny_info(model)
     harness = Harness(model, info, monkeypatch, max_num_batched_tokens=32)

@@ -34,9 +34,7 @@ def test_greedy_takes_the_largest_logit() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_tempered_softmax(temperature: float) -> None:
     count = 40_000
-    found = (
-        torch.bincount(torch.tensor(draw(logits(), count, temperature=temperature)), minlength=VOCAB) / count
-    )
+    found = torch.bincount(torch.tensor(draw(logits(), count, temperature=temperature)), minlength=VOCAB) / count
     expected = torch.softmax(logits() / temperature, -1)
     # 5 standard deviations of a binomial share, for every token
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
