@@ -1,0 +1,49 @@
+# Every target works alone from a bare clone: all it needs is Python (>= 3.11) with pip, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model run test check format train docker-check ci clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create the virtual environment and install everything, once
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+model: setup ## Fetch and convert the base model, once
+	$(BIN)/softprompt model pull
+
+run: setup ## Serve on http://127.0.0.1:8000 (settings: PORT, SOFTPROMPT_*)
+	exec $(BIN)/softprompt serve
+
+test: setup model ## Run the tests
+	$(BIN)/python -m pytest
+
+check: setup ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: setup ## Example: train a soft prompt for sentiment_mixed
+	$(BIN)/softprompt train sentiment_mixed --data examples/data/sentiment_mixed --classify \
+		--template '{input}\nSentiment:' --init-text 'Is the sentiment of the text negative or positive?'
+
+docker-check: ## Run the Dockerfile's steps without Docker and ask the server one question
+	$(PYTHON) scripts/docker_check.py
+
+ci: check test ## What CI runs
+
+clean: ## Remove the virtual environment and caches; the base model's cache stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find app tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""HTTP over the engine and the registry: one router per noun, put together in `app.main`."""

@@ -1,0 +1,78 @@
+"""Request bodies: bounded while they are read, and JSON parsed strictly, once, before FastAPI sees it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from email.message import Message
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from app.api.deps import get_state
+from app.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from app.strict_json import parse_object
+
+
+def content_type(request: Request) -> str:
+    """The media type in lower case, "" if there is none. Raises UnsupportedMediaType for charsets but UTF-8."""
+    value = request.headers.get("content-type", "")
+    message = Message()
+    message["content-type"] = value
+    if message.get_content_charset("utf-8") not in ("utf-8", "us-ascii"):
+        raise UnsupportedMediaType("the charset must be utf-8")
+    return message.get_content_type() if value else ""
+
+
+async def read_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises BodyTooLarge as soon as it is known to have more than `limit` bytes."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMediaType("a compressed body is not accepted")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise BodyTooLarge(f"the body has {declared} bytes but may have {limit}")
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > limit:
+            raise BodyTooLarge(f"the body has more than {limit} bytes")
+        yield chunk
+
+
+class _JsonRequest(Request):
+    """A request whose body has been read and parsed."""
+
+    def __init__(self, request: Request, data: bytes, parsed: dict[str, Any]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._data = data
+        self._parsed = parsed
+
+    async def body(self) -> bytes:
+        return self._data
+
+    async def json(self) -> Any:
+        return self._parsed
+
+
+class JsonRoute(APIRoute):
+    """A route whose body, if it takes one, must be one strict JSON object (see app.strict_json)."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def read_first(request: Request) -> Response:
+            if content_type(request) != "application/json":
+                raise UnsupportedMediaType("the body must be application/json")
+            limit = get_state(request).settings.max_body_bytes
+            data = b"".join([chunk async for chunk in read_chunks(request, limit)])
+            try:
+                parsed = parse_object(data)
+            except UnicodeError:
+                raise InvalidRequest("the body must be UTF-8, without lone surrogates", code="invalid_json") from None
+            except ValueError as error:
+                raise InvalidRequest(f"the body must be one JSON object: {error}", code="invalid_json") from None
+            return await handle(_JsonRequest(request, data, parsed))
+
+        return read_first

@@ -1,0 +1,56 @@
+"""What routes share: the parts of the server, as one typed value in the request's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.base_model import BaseModel
+from app.config import Settings
+from app.engine import Engine
+from app.registry import Registry
+
+MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
+
+
+@dataclass
+class Readiness:
+    """Whether the server should get traffic."""
+
+    engine: Engine
+    draining: bool = field(default=False, init=False)
+
+    def checks(self) -> dict[str, str]:
+        """Check -> "ok", or what is wrong."""
+        silence = self.engine.stats().seconds_since_progress
+        return {
+            "server": "draining" if self.draining else "ok",
+            "engine": "ok" if silence < MAX_SILENCE else f"no progress for {silence:.0f} seconds",
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a route works with; the lifespan puts it into every request's state."""
+
+    settings: Settings
+    engine: Engine
+    registry: Registry
+    base: BaseModel
+    readiness: Readiness
+    started_at: int  # Unix time
+
+
+def get_state(request: Request) -> State:
+    state: State = request.state.server
+    return state
+
+
+async def _state(request: Request) -> State:
+    # A plain function would be run in a thread.
+    return get_state(request)
+
+
+StateDep = Annotated[State, Depends(_state)]

@@ -1,0 +1,85 @@
+"""A version held for one request that makes several engine calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+
+from app.api.deps import State
+from app.engine import Engine, Generation, SamplingParams
+from app.registry import Pin, Version
+from app.soft_prompt import SoftPrompt
+
+
+class Lease:
+    """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
+
+    def __init__(self, pin: Pin | None) -> None:
+        self.version: Version | None = pin.version if pin else None
+        self.prompt: SoftPrompt | None = pin.prompt if pin else None
+        self._pin = pin
+        self._shares = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.prompt.num_virtual_tokens if self.prompt else 0
+
+    def generate(self, engine: Engine, token_ids: Sequence[int], params: SamplingParams) -> Generation:
+        """`Engine.generate` behind this version."""
+        give_back = self.share()
+        try:
+            return engine.generate(self.prompt, token_ids, params, on_release=give_back)
+        except BaseException:
+            give_back()
+            raise
+
+    async def score(
+        self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """`Engine.score` behind this version."""
+        give_back = self.share()
+        try:
+            return await engine.score(self.prompt, token_ids, continuations, on_release=give_back)
+        except Exception:
+            # The call was refused, or it failed and the engine has given back already. A cancelled one is neither:
+            # the engine still holds the prompt and gives back itself.
+            give_back()
+            raise
+
+    def share(self) -> Callable[[], None]:
+        """Take a share. Calling the result gives it back: from any thread, and more than once does no harm."""
+        given_back = threading.Lock()
+        with self._lock:
+            self._shares += 1
+
+        def give_back() -> None:
+            if not given_back.acquire(blocking=False):
+                return
+            with self._lock:
+                self._shares -= 1
+                last = self._shares == 0
+            if last and self._pin is not None:
+                self._pin.release()
+
+        return give_back
+
+
+@asynccontextmanager
+async def leased(state: State, task: str | None) -> AsyncIterator[Lease]:
+    """Resolve `task` once and hold what it names while the request starts its engine calls.
+
+    None and the base model's name give the bare base. Raises what `Registry.pin` raises.
+    """
+    pin = None
+    if task is not None and task != state.base.info.name:
+        pin = await anyio.to_thread.run_sync(state.registry.pin, task)
+    lease = Lease(pin)
+    give_back = lease.share()
+    try:
+        yield lease
+    finally:
+        give_back()

@@ -1,0 +1,59 @@
+"""Whether the server lives, whether it should get traffic, and what it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+import app
+from app.api.deps import StateDep
+from app.errors import NotReady
+
+router = APIRouter(tags=["operations"])
+
+Verbose = Annotated[str | None, Query(description="Present: name every check")]
+
+
+@router.get("/livez")
+async def livez() -> dict[str, str]:
+    """200 as long as the event loop turns."""
+    return {"status": "alive"}
+
+
+@router.get("/health", operation_id="health")
+@router.get("/readyz", operation_id="readyz")
+async def readyz(state: StateDep, verbose: Verbose = None) -> dict[str, Any]:
+    """200 while the server should get traffic; 503 with the failing checks otherwise."""
+    checks = state.readiness.checks()
+    failing = [f"{name}: {found}" for name, found in checks.items() if found != "ok"]
+    if failing:
+        raise NotReady("; ".join(failing))
+    return {"status": "ready"} if verbose is None else {"status": "ready", "checks": checks}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": app.__version__}
+
+
+@router.get("/info")
+async def info(state: StateDep) -> dict[str, Any]:
+    """The base model, the engine's counters and the number of tasks."""
+    base = state.base
+    return {
+        "version": app.__version__,
+        "base": {
+            "name": base.info.name,
+            "fingerprint": base.info.fingerprint,
+            "architecture": base.info.architecture,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "device": str(base.device),
+            "hidden_size": base.info.hidden_size,
+            "num_layers": base.info.num_layers,
+            "max_model_len": base.info.max_model_len,
+        },
+        "engine": asdict(state.engine.stats()),
+        "tasks": len(state.registry.tasks()),
+    }

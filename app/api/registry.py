@@ -1,0 +1,220 @@
+"""Tasks, their versions and aliases over HTTP."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Body, Depends, Path, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from app.api.body import JsonRoute
+from app.api.deps import StateDep
+from app.api.paging import After, Limit, paged
+from app.api.preconditions import etag, expected_etag, is_unchanged
+from app.api.schemas import AliasReply, AliasRequest, Deleted, Page, PublishReply, TaskReply, VersionReply
+from app.api.upload import UPLOAD_BODY, Upload, read_upload
+from app.checkpoint import Checkpoint, read_checkpoint, read_manifest
+from app.engine import Engine
+from app.errors import InvalidPromptFile, NotReady, NumericalError
+from app.manifest import ManifestInput
+from app.registry import DEFAULT_ALIAS, Alias, Registry, Task, Version
+from app.registry.reference import check_alias_name, check_task_name, not_found
+from app.soft_prompt import BaseInfo, SoftPrompt
+
+router = APIRouter(route_class=JsonRoute, prefix="/v1/tasks", tags=["registry"])
+
+Tag = Annotated[str | None, Query(max_length=401, description="`key` or `key=value`")]
+_ALIAS_EXAMPLES: dict[str, Any] = {"move": {"summary": "Serve version 7", "value": {"version": 7}}}
+
+
+async def _find_version(
+    task: str, version: Annotated[str, Path(description="A version number")], state: StateDep
+) -> Version:
+    # A reference is checked whole, so a malformed number is the same 404 as an unknown one.
+    return state.registry.resolve(f"{task}:{version}")
+
+
+VersionDep = Annotated[Version, Depends(_find_version)]
+
+
+@router.get("", response_model=Page[TaskReply])
+async def list_tasks(state: StateDep, limit: Limit = 100, after: After = None, tag: Tag = None) -> Any:
+    """Tasks by name; with `tag`, those of which a version has it."""
+    tasks = [
+        task
+        for task in state.registry.tasks()
+        if (after is None or task.name > after) and any(_has_tag(version, tag) for version in task.versions.values())
+    ]
+    return paged([_task_reply(task) for task in tasks], limit)
+
+
+@router.get("/{task}", response_model=TaskReply)
+async def get_task(task: str, state: StateDep) -> Any:
+    return _task_reply(state.registry.task(task))
+
+
+@router.delete("/{task}", response_model=Deleted)
+async def delete_task(task: str, state: StateDep) -> Any:
+    """Delete a task and all its versions. Refused with 412 while it has an alias besides `latest`."""
+    versions = list(state.registry.task(task).versions.values())
+    await anyio.to_thread.run_sync(state.registry.delete_task, task)
+    for version in versions:
+        await _unload(state.engine, version)
+    return {"id": task, "object": "task", "deleted": True}
+
+
+@router.get("/{task}/versions", response_model=Page[VersionReply])
+async def list_versions(task: str, state: StateDep, limit: Limit = 100, after: After = None, tag: Tag = None) -> Any:
+    """Versions by number, with `after` those above it."""
+    found = state.registry.task(task)
+    start = state.registry.resolve(f"{task}:{after}").number if after is not None else 0
+    versions = [
+        _version_reply(version, state.registry)
+        for version in found.versions.values()
+        if version.number > start and _has_tag(version, tag)
+    ]
+    return paged(versions, limit)
+
+
+@router.post(
+    "/{task}/versions",
+    status_code=201,
+    response_model=PublishReply,
+    responses={200: {"model": PublishReply, "description": "The task had these files already"}},
+    openapi_extra={"requestBody": UPLOAD_BODY},
+)
+async def publish_version(
+    task: str,
+    request: Request,
+    state: StateDep,
+    alias: Annotated[str, Query(description="The alias to move; empty: none")] = DEFAULT_ALIAS,
+) -> Response:
+    """Publish a PEFT checkpoint as a new version, tried on the base model first."""
+    check_task_name(task)
+    if alias:
+        check_alias_name(alias)
+    upload = await read_upload(request, state.settings.max_upload_bytes)
+    checkpoint = await anyio.to_thread.run_sync(_check, upload, state.base.info)
+    await _try_out(state.engine, checkpoint.prompt)
+    published = await anyio.to_thread.run_sync(partial(state.registry.publish, task, checkpoint, alias=alias or None))
+    version = published.version
+    reply = {**_version_reply(version, state.registry), "warnings": list(published.warnings)}
+    headers = {"Location": f"/v1/tasks/{task}/versions/{version.number}", "ETag": etag(version.digest)}
+    return JSONResponse(reply, 201 if published.created else 200, headers)
+
+
+@router.get("/{task}/versions/{version}", response_model=VersionReply)
+async def get_version(version: VersionDep, state: StateDep) -> Any:
+    return _version_reply(version, state.registry)
+
+
+@router.delete("/{task}/versions/{version}", response_model=Deleted)
+async def delete_version(version: VersionDep, state: StateDep) -> Any:
+    """Delete a version; requests that use it finish. Refused with 412 while an alias names it."""
+    await anyio.to_thread.run_sync(state.registry.delete_version, version.task, version.number)
+    await _unload(state.engine, version)
+    return {"id": version.reference, "object": "version", "deleted": True}
+
+
+@router.get(
+    "/{task}/versions/{version}/files/{name}",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {}, "application/json": {}}},
+        304: {"description": "If-None-Match names this file"},
+    },
+)
+async def get_file(name: str, version: VersionDep, request: Request, state: StateDep) -> Response:
+    """A file of the PEFT checkpoint as it was uploaded, or its manifest.json."""
+    if name not in version.files:
+        raise not_found()
+    headers = {"ETag": etag(version.files[name]), "Cache-Control": "no-cache"}
+    if is_unchanged(request, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    data = await anyio.to_thread.run_sync(state.registry.read_file, version.task, version.number, name)
+    media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
+    return Response(data, media_type=media_type, headers=headers)
+
+
+@router.get("/{task}/aliases/{alias}", response_model=AliasReply)
+async def get_alias(task: str, alias: str, state: StateDep) -> Response:
+    found = state.registry.task(task).aliases.get(alias)
+    if found is None:
+        raise not_found()
+    return _alias_reply(task, found)
+
+
+@router.put(
+    "/{task}/aliases/{alias}",
+    response_model=AliasReply,
+    responses={201: {"model": AliasReply, "description": "The alias is new"}},
+)
+async def put_alias(
+    task: str,
+    alias: str,
+    request: Request,
+    body: Annotated[AliasRequest, Body(openapi_examples=_ALIAS_EXAMPLES)],
+    state: StateDep,
+) -> Response:
+    """Point an alias at a version, by compare-and-swap: If-Match, or If-None-Match: * for a new alias."""
+    current = state.registry.task(task).aliases.get(alias)
+    expected = expected_etag(request, current.etag if current else None)
+    moved = await anyio.to_thread.run_sync(
+        partial(state.registry.move_alias, task, alias, body.version, expected=expected)
+    )
+    return _alias_reply(task, moved, created=expected is None)
+
+
+def _check(upload: Upload, base: BaseInfo) -> Checkpoint:
+    manifest = ManifestInput() if upload.manifest is None else read_manifest(upload.manifest)
+    return read_checkpoint(upload.config, upload.tensors, manifest, base)
+
+
+async def _try_out(engine: Engine, prompt: SoftPrompt) -> None:
+    """A real forward pass. What is not finite here is the file's fault, not ours."""
+    try:
+        await engine.load(prompt)
+    except NumericalError as error:
+        raise InvalidPromptFile(error.message, param="adapter_model", code=error.code) from None
+
+
+async def _unload(engine: Engine, version: Version) -> None:
+    with suppress(NotReady):  # an engine that does not run holds nothing
+        await engine.unload(version.digest)
+
+
+def _has_tag(version: Version, tag: str | None) -> bool:
+    if tag is None:
+        return True
+    key, given, value = tag.partition("=")
+    found = version.manifest.tags.get(key)
+    return found is not None and (not given or found == value)
+
+
+def _task_reply(task: Task) -> dict[str, Any]:
+    return {
+        "object": "task",
+        "task": task.name,
+        "versions": list(task.versions),
+        "aliases": {alias.name: alias.version for alias in task.aliases.values()},
+    }
+
+
+def _version_reply(version: Version, registry: Registry) -> dict[str, Any]:
+    aliases = registry.task(version.task).aliases.values()
+    return {
+        "task": version.task,
+        "version": version.number,
+        "reference": version.reference,
+        "aliases": [alias.name for alias in aliases if alias.version == version.number],
+        "pins": registry.pins(version),
+        **version.manifest.model_dump(mode="json"),
+    }
+
+
+def _alias_reply(task: str, alias: Alias, *, created: bool = False) -> Response:
+    reply = {"task": task, "alias": alias.name, "version": alias.version}
+    return JSONResponse(reply, 201 if created else 200, {"ETag": etag(alias.etag)})

@@ -1,0 +1,115 @@
+"""Settings: one frozen value from SOFTPROMPT_* variables and the command line, refused whole if any is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import InvalidSettings
+
+PREFIX = "SOFTPROMPT_"
+
+Positive = Annotated[int, Field(ge=1)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/softprompt`, or `~/.cache/softprompt` (XDG Base Directory Specification)."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative paths ignored.
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "softprompt"
+
+
+class Settings(BaseSettings):
+    """How a server runs. The description of each field is its documentation."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", validate_by_name=True, env_ignore_empty=True
+    )
+
+    model: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="Base model: the default's name, a transformers folder, a .gguf file or a hub id",
+    )
+    registry: Folder = Field(Path("prompts"), description="Folder of the soft prompts, one folder per task")
+    cache_dir: Folder = Field(
+        default_factory=default_cache_dir, description="Folder for fetched and converted base models"
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65_535,
+        validation_alias=AliasChoices(f"{PREFIX}PORT", "PORT"),
+        description="Port to listen on; 0 takes a free one. PORT works too; SOFTPROMPT_PORT wins",
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<n>"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What the model runs in; auto goes by what the device is fast at"
+    )
+    threads: Positive | None = Field(None, description="CPU threads for torch; default: torch's own choice")
+    max_model_len: Positive | None = Field(
+        None, description="Positions per request, virtual tokens included; default: the model's"
+    )
+    max_num_seqs: Positive = Field(64, description="Requests that run in one batch")
+    max_num_batched_tokens: Positive = Field(512, description="Tokens of prompt text computed in one step")
+    kv_cache_tokens: Positive | None = Field(
+        None, description="Capacity of the key/value cache in tokens; default: chosen by the engine"
+    )
+    max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused with 503")
+    max_body_bytes: Positive = Field(2**20, description="Largest JSON body")
+    max_upload_bytes: Positive = Field(64 * 2**20, description="Largest soft prompt or training file")
+    send_timeout: Seconds = Field(30.0, description="Seconds a client may take to read a part of a stream")
+    drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """Settings from the environment; `overrides` win, except those that are None (options not given).
+
+        Raises InvalidSettings with one line per problem, an unknown SOFTPROMPT_* variable included.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        ours = sorted(name for name in os.environ if name.upper().startswith(PREFIX))
+        problems = [_unknown(name) for name in ours if name.upper() not in variables()]
+        try:
+            settings = cls(**given)
+        except ValidationError as error:
+            problems += [_line(problem, given) for problem in error.errors(include_url=False)]
+            settings = None
+        if settings is None or problems:
+            raise InvalidSettings("\n".join(problems))
+        return settings
+
+
+def variables() -> dict[str, str]:
+    """Environment variable -> field, of every setting."""
+    return {PREFIX + field.upper(): field for field in Settings.model_fields}
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.upper(), variables(), n=1, cutoff=0.0)[0]
+    return f"{name} is not a setting; did you mean {near}?"
+
+
+def _line(problem: Any, given: dict[str, Any]) -> str:
+    """One readable line, naming the setting as its user wrote it."""
+    location = str(problem["loc"][0])  # the first alias, even where the second was used
+    field = variables().get(location.upper(), location)
+    if field not in Settings.model_fields:
+        near = difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=0.0)[0]
+        return f"{field} is not a setting; did you mean {near}?"
+    name = field if field in given else PREFIX + field.upper()
+    if field == "port" and name not in os.environ and field not in given:
+        name = "PORT"
+    reason = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{name} is {problem['input']!r}: {reason}"

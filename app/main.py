@@ -1,0 +1,136 @@
+"""The application: routers, errors and lifespan put together; and `serve`, which gives it its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypedDict
+
+import anyio.to_thread
+import torch
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
+
+from app import __version__
+from app.api import classify, errors, generate, models, ops
+from app.api import registry as registry_routes
+from app.api.deps import Readiness, State
+from app.api.request_id import RequestIdMiddleware
+from app.api.schemas import Problem
+from app.api.server import Server, bind
+from app.base_model import BaseModel, load_base_model
+from app.config import Settings
+from app.engine import Engine
+from app.engine.local import LocalEngine
+from app.registry import Registry, Store
+
+log = logging.getLogger(__name__)
+
+REFRESH_INTERVAL = 2.0  # seconds until a version that another process published is seen
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_DESCRIPTION = """One frozen base model, many soft prompts. A request names a task by a reference: `task`,
+`task:7`, `task@alias` or `task@sha256:<digest>`; without one the bare base model answers."""
+_PROBLEM: dict[str, Any] = {
+    "description": "What is wrong (RFC 9457)",
+    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+}
+
+
+class LifespanState(TypedDict):
+    """What the lifespan puts into every request's state."""
+
+    server: State
+
+
+def create_app(settings: Settings, engine: Engine, registry: Registry, base: BaseModel) -> FastAPI:
+    """The application over parts that are ready; its lifespan stops the engine at the end.
+
+    `app.state.readiness` lets the server that runs it announce that it drains.
+    """
+    readiness = Readiness(engine)
+    state = State(settings, engine, registry, base, readiness, started_at=int(time.time()))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
+        refreshing = asyncio.create_task(_refresh(registry))
+        try:
+            yield {"server": state}
+        finally:
+            refreshing.cancel()
+            await asyncio.gather(refreshing, return_exceptions=True)
+            await anyio.to_thread.run_sync(engine.stop)
+
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="softprompt",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        # A redirect would be built from the Host header.
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+        # The validator badge would send the schema to another host.
+        swagger_ui_parameters={"validatorUrl": None},
+    )
+    app.state.readiness = readiness
+    app.add_middleware(RequestIdMiddleware)
+    errors.install(app)
+    for module in (generate, classify, models, registry_routes, ops):
+        app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Load everything, then answer requests until a signal says otherwise.
+
+    Raises InvalidSettings, InvalidBaseModel, NotReady.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.host not in LOOPBACK:
+        log.warning("listening on %s: whoever reaches this address can use and change every prompt", settings.host)
+    listener = bind(settings.host, settings.port, stall_timeout=settings.send_timeout)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    base = load_base_model(
+        settings.model,
+        cache_dir=settings.cache_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+    )
+    registry = Registry(Store(settings.registry), base.info)
+    engine = LocalEngine(
+        base.model,
+        base.info,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_waiting=settings.max_waiting,
+        kv_cache_tokens=settings.kv_cache_tokens,
+    )
+    engine.start()
+    app = create_app(settings, engine, registry, base)
+    greeting = f"(base {base.info.name}, {len(registry.tasks())} tasks)"
+    server = Server(
+        app,
+        listener,
+        readiness=app.state.readiness,
+        engine=engine,
+        drain_timeout=settings.drain_timeout,
+        greeting=greeting,
+    )
+    server.run()
+
+
+async def _refresh(registry: Registry) -> None:
+    while True:
+        await asyncio.sleep(REFRESH_INTERVAL)
+        await anyio.to_thread.run_sync(registry.refresh)
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

@@ -1,0 +1,277 @@
+"""The registry: references resolved and pinned, versions published, aliases moved, all of it over one store.
+
+Reads of names and metadata take no lock and touch no file. Calls that write or load block: make them from a
+worker thread. Unknown and malformed names raise ReferenceNotFound everywhere, a task whose log is damaged
+PromptCorrupt, and a failing file system NotReady or StorageFull.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
+from app.errors import PreconditionFailed, PromptCorrupt, ReferenceNotFound, ServerError
+from app.manifest import Manifest, ManifestInput
+from app.registry import log
+from app.registry.index import Index
+from app.registry.log import Change, DeleteTask, DeleteVersion, MoveAlias, PublishVersion
+from app.registry.pin import Pin, PinCount
+from app.registry.prompt_cache import Key, PromptCache
+from app.registry.reference import (
+    DEFAULT_ALIAS,
+    check_alias_name,
+    check_task_name,
+    not_found,
+    parse_reference,
+)
+from app.registry.store import Store, Upload
+from app.registry.task import Alias, Task, TaskState, Version
+from app.soft_prompt import BaseInfo, SoftPrompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` did. `created` is False when the task had the same content already."""
+
+    version: Version
+    created: bool
+    warnings: tuple[str, ...]
+    alias: Alias | None  # where the alias that was asked for stands now
+
+
+class Registry:
+    """The registry of one process, over a store that others may share. Thread-safe."""
+
+    def __init__(self, store: Store, base: BaseInfo, *, host_cache_bytes: int = 1 << 30) -> None:
+        """Read every log, and no tensor. `host_cache_bytes` bounds the tensors that are kept unpinned."""
+        self._store = store
+        self._base = base
+        self._pins = PinCount()
+        self._prompts = PromptCache(host_cache_bytes)
+        self._index = Index(store, on_gone=lambda version: self._prompts.forget(_key(version)))
+
+    def tasks(self) -> list[Task]:
+        """Tasks that have a version, by name."""
+        return self._index.tasks()
+
+    def task(self, name: str) -> Task:
+        return self._index.task(name)
+
+    def version(self, task: str, number: int) -> Version:
+        return _version(self.task(task), number)
+
+    def resolve(self, reference: str) -> Version:
+        """The version that `reference` (see app.registry.reference) names now."""
+        wanted = parse_reference(reference)
+        task = self.task(wanted.task)
+        if wanted.digest is not None:
+            version = task.by_digest.get(wanted.digest)
+            return _version(task, version.number if version else None)
+        if wanted.alias is not None:
+            alias = task.aliases.get(wanted.alias)
+            return _version(task, alias.version if alias else None)
+        return _version(task, wanted.version)
+
+    def pin(self, reference: str) -> Pin:
+        """Resolve `reference` once, count its version as used and have its soft prompt in memory.
+
+        Blocks when files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do
+        not match their digests, and InvalidPromptFile if the prompt does not fit the base model, which the
+        operator may have changed since it was published.
+        """
+        while True:
+            version = self.resolve(reference)
+            self._pins.add(version)
+            try:
+                return Pin(version, self._prompt(version), self._pins)
+            except ReferenceNotFound:
+                # Deleted since it was resolved; the index knows by now: the name has moved on, or is gone.
+                self._pins.remove(version)
+            except BaseException:
+                self._pins.remove(version)
+                raise
+
+    def pins(self, version: Version) -> int:
+        """How many pins of the version are not released."""
+        return self._pins[version]
+
+    def publish(
+        self,
+        task: str,
+        checkpoint: Checkpoint,
+        *,
+        alias: str | None = DEFAULT_ALIAS,
+        actor: str = "anonymous",
+    ) -> Published:
+        """Store the checkpoint as a new version and move `alias` to it, both or neither; durable on return.
+
+        Content that a live version of the task has already is not stored again; the alias moves to that one.
+        Raises InvalidRequest for a bad name.
+        """
+        check_task_name(task)
+        if alias is not None:
+            check_alias_name(alias)
+        digest = checkpoint.prompt.digest
+        manifest = _manifest(checkpoint)
+        files = {
+            CONFIG_FILE: checkpoint.config,
+            TENSORS_FILE: checkpoint.tensors,
+            MANIFEST_FILE: log.to_json(manifest.model_dump(mode="json"), indent=2),
+        }
+        hashes = log.Files.of(files)
+        upload = self._store.upload(task, files)
+
+        def decide(state: TaskState) -> Change | None:
+            existing = state.task.by_digest.get(digest)
+            if existing is None:
+                number = upload.place(state.numbers)
+                return PublishVersion(version=number, files=hashes, manifest=manifest, alias=alias)
+            current = state.task.aliases.get(alias) if alias else None
+            if alias is None or (current and current.version == existing.number):
+                return None
+            return MoveAlias(alias=alias, version=existing.number)
+
+        try:
+            known = self._index.catch_up(task)
+            if digest not in known.task.by_digest:
+                if not known.head.seq:
+                    self._store.create(task)
+                upload.write()  # the slow part, before the commit for which other writers wait
+            published = self._index.commit(task, decide, actor).task
+        finally:
+            self._discard_unless_published(task, upload)
+        version = published.by_digest[digest]
+        return Published(
+            version=version,
+            created=version.number == upload.number,
+            warnings=checkpoint.warnings,
+            alias=published.aliases[alias] if alias else None,
+        )
+
+    def move_alias(
+        self, task: str, alias: str, version: int, *, expected: int | None, actor: str = "anonymous"
+    ) -> Alias:
+        """Point `alias` at a version if its etag is still `expected` (None: if it does not exist yet).
+
+        Raises PreconditionFailed otherwise, and InvalidRequest for a bad name.
+        """
+        check_alias_name(alias)
+
+        def decide(state: TaskState) -> Change:
+            number = _version(state.task, version).number
+            current = state.task.aliases.get(alias)
+            if (current.etag if current else None) != expected:
+                raise PreconditionFailed(
+                    "the alias exists already" if expected is None else "the alias was moved since, or is gone"
+                )
+            return MoveAlias(alias=alias, version=number)
+
+        return self._index.commit(task, decide, actor).task.aliases[alias]
+
+    def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> None:
+        """Delete a version and its files; who has it pinned keeps its soft prompt.
+
+        Raises PreconditionFailed while an alias names it.
+        """
+
+        def decide(state: TaskState) -> Change:
+            version = _version(state.task, number)
+            names = [alias.name for alias in state.task.aliases.values() if alias.version == number]
+            if names:
+                raise PreconditionFailed(f"{version.reference} is named by the alias {', '.join(names)}")
+            return DeleteVersion(version=number)
+
+        self._index.commit(task, decide, actor)
+        self._store.remove_version(task, number)
+
+    def delete_task(self, task: str, *, actor: str = "anonymous") -> None:
+        """Delete every version of a task, and its alias `latest` with them.
+
+        Raises PreconditionFailed while it has any other alias: `latest` is moved by publishing without being
+        asked for, but the others were set by someone who relies on them.
+        """
+        doomed: list[int] = []
+
+        def decide(state: TaskState) -> Change:
+            if not state.task.versions:
+                raise not_found()
+            names = [name for name in state.task.aliases if name != DEFAULT_ALIAS]
+            if names:
+                raise PreconditionFailed(f"the task has the alias {', '.join(names)}")
+            doomed[:] = state.task.versions
+            return DeleteTask()
+
+        self._index.commit(task, decide, actor)
+        for number in doomed:
+            self._store.remove_version(task, number)
+
+    def read_file(self, task: str, number: int, name: str) -> bytes:
+        """One of `Version.files`, as it was published; PromptCorrupt if it no longer matches its digest."""
+        version = self.version(task, number)
+        if name not in version.files:
+            raise not_found()
+        return self._read(version, name)
+
+    def refresh(self) -> None:
+        """Pick up what other processes wrote; cheap when there is nothing.
+
+        Never raises for a failing file system: what is in memory is served on, and the trouble is logged.
+        """
+        try:
+            self._index.refresh()
+        except ServerError as error:
+            logger.warning("the registry could not be refreshed: %s", error.message)
+
+    def _discard_unless_published(self, task: str, upload: Upload) -> None:
+        # An append that failed half-way may be there, and seen by others: only the log can tell.
+        try:
+            if upload.number not in self._index.catch_up(task).numbers:
+                upload.discard()
+        except ServerError as error:
+            logger.warning("an upload for %s may be left over: %s", task, error.message)
+
+    def _prompt(self, version: Version) -> SoftPrompt:
+        def load() -> SoftPrompt:
+            config, tensors = self._read(version, CONFIG_FILE), self._read(version, TENSORS_FILE)
+            given = version.manifest.model_dump(include=set(ManifestInput.model_fields))
+            manifest = ManifestInput.model_validate(given)
+            prompt = read_checkpoint(config, tensors, manifest, self._base).prompt
+            if prompt.digest != version.digest:
+                raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
+            return prompt
+
+        return self._prompts.get(_key(version), load)
+
+    def _read(self, version: Version, name: str) -> bytes:
+        data = self._store.read_file(version.task, version.number, name)
+        if data is None and version.number not in self._index.catch_up(version.task).task.versions:
+            raise not_found()
+        if data is None or log.sha256(data) != version.files[name]:
+            logger.error("%s: %s does not match its digest", version.reference, name)
+            raise PromptCorrupt(f"{version.reference}: {name} does not match its digest")
+        return data
+
+
+def _key(version: Version) -> Key:
+    return version.task, version.number, version.digest
+
+
+def _version(task: Task, number: int | None) -> Version:
+    version = None if number is None else task.versions.get(number)
+    if version is None:
+        raise not_found()
+    return version
+
+
+def _manifest(checkpoint: Checkpoint) -> Manifest:
+    return Manifest(
+        **checkpoint.manifest.model_dump(),
+        digest=checkpoint.prompt.digest,
+        created_at=log.now(),
+        peft_type=checkpoint.peft_type,
+        num_virtual_tokens=checkpoint.prompt.num_virtual_tokens,
+        size_bytes=len(checkpoint.tensors),
+    )

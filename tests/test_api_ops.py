@@ -1,0 +1,173 @@
+"""Health, description of the server, its documentation, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import app
+from app.api.schemas import ClassifyReply, GenerateReply
+from tests.api_harness import Harness, wait_until
+
+METHODS = {"get", "put", "post", "delete"}
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness.create(tmp_path_factory.mktemp("ops") / "prompts")
+
+
+@pytest.fixture(scope="module")
+def client(harness: Harness) -> Iterator[TestClient]:
+    with harness.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def document(client: TestClient) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/openapi.json").json()
+    return found
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{method} {path}", operation)
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+        if method in METHODS
+    ]
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/health"])
+def test_readiness(harness: Harness, client: TestClient, path: str) -> None:
+    assert client.get(path).json() == {"status": "ready"}
+    checks = client.get(f"{path}?verbose").json()["checks"]
+    assert checks == {"server": "ok", "engine": "ok"}
+    harness.engine.seconds_since_progress = 5.0
+    try:
+        reply = client.get(path)
+        assert reply.status_code == 503 and reply.headers["retry-after"] == "5"
+        assert reply.json()["detail"] == "engine: no progress for 5 seconds"
+        assert client.get("/livez").status_code == 200, "a dead engine is no reason to say the process is"
+    finally:
+        harness.engine.seconds_since_progress = 0.0
+    harness.app.state.readiness.draining = True
+    try:
+        assert client.get(path).json()["detail"] == "server: draining"
+    finally:
+        harness.app.state.readiness.draining = False
+    assert client.get(path).status_code == 200
+
+
+def test_version_and_info(harness: Harness, client: TestClient) -> None:
+    assert client.get("/version").json() == {"version": app.__version__}
+    info = client.get("/info").json()
+    base = harness.base.info
+    assert info["base"] == {
+        "name": "tiny-llama",
+        "fingerprint": base.fingerprint,
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "hidden_size": 32,
+        "num_layers": 3,
+        "max_model_len": 512,
+    }
+    assert info["tasks"] == 0 and info["engine"]["kv_blocks_total"] == 8
+    assert str(harness.base.path) not in client.get("/info").text
+
+
+def test_docs_load_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs").text
+    urls = re.findall(r"""(?:src|href|url)["']?\s*[=:]\s*["']([^"']+)""", page)
+    assert len(urls) >= 4
+    for url in urls:
+        assert url.startswith("/") and not url.startswith("//"), url
+        assert client.get(url).status_code == 200, url
+    assert "//" not in re.sub(r"(?m)^\s*//.*$", "", page).replace("</", ""), "no absolute URL of any kind"
+    assert '"validatorUrl": null' in page
+    assert client.get("/redoc").status_code == 404
+
+
+def test_every_operation_is_described(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1") and document["info"]["version"] == app.__version__
+    found = operations(document)
+    names = [operation["operationId"] for _, operation in found]
+    assert len(set(names)) == len(names) == len(found)
+    for where, operation in found:
+        assert operation["tags"], where
+        assert operation["summary"], where
+        assert {"4XX", "5XX"} <= operation["responses"].keys(), where
+        assert "422" not in operation["responses"], f"{where}: validation errors are 400 here"
+
+
+def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
+    """Generated clients take their method names from them."""
+    assert {where: operation["operationId"] for where, operation in operations(document)} == {
+        "post /v1/generate": "generate",
+        "post /v1/classify": "classify",
+        "get /v1/models": "list_models",
+        "get /v1/models/{reference}": "get_model",
+        "get /v1/tasks": "list_tasks",
+        "get /v1/tasks/{task}": "get_task",
+        "delete /v1/tasks/{task}": "delete_task",
+        "get /v1/tasks/{task}/versions": "list_versions",
+        "post /v1/tasks/{task}/versions": "publish_version",
+        "get /v1/tasks/{task}/versions/{version}": "get_version",
+        "delete /v1/tasks/{task}/versions/{version}": "delete_version",
+        "get /v1/tasks/{task}/versions/{version}/files/{name}": "get_file",
+        "get /v1/tasks/{task}/aliases/{alias}": "get_alias",
+        "put /v1/tasks/{task}/aliases/{alias}": "put_alias",
+        "get /livez": "livez",
+        "get /readyz": "readyz",
+        "get /health": "health",
+        "get /version": "version",
+        "get /info": "info",
+    }
+
+
+def test_every_body_has_an_example_that_is_valid(client: TestClient, document: dict[str, Any]) -> None:
+    bodies = [operation["requestBody"] for _, operation in operations(document) if "requestBody" in operation]
+    assert len(bodies) == 4
+    for body in bodies:
+        assert body["required"]
+        for content in body["content"].values():
+            assert content["schema"] and all("value" in example for example in content["examples"].values())
+    for path in ("/v1/generate", "/v1/classify"):
+        examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        for example in examples.values():
+            # 404: the example's task is not there. A wrong field would be a 400.
+            assert client.post(path, json=example["value"]).status_code in (200, 404)
+
+
+def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> None:
+    text = str(document)
+    names = set(re.findall(r"#/components/schemas/(\w+)", text))
+    assert names and names <= document["components"]["schemas"].keys()
+    assert "#/$defs/" not in text and "HTTPValidationError" not in text
+
+
+def test_documented_replies_are_what_is_sent(harness: Harness, client: TestClient) -> None:
+    """The replies that bypass FastAPI's own serialisation, against the models that document them."""
+    harness.publish("documented")
+    reply = client.post("/v1/generate", json={"task": "documented", "input": "x"})
+    assert GenerateReply.model_validate_json(reply.content, extra="forbid")
+    reply = client.post("/v1/classify", json={"task": "documented", "input": "x", "labels": ["a", "b"]})
+    assert ClassifyReply.model_validate_json(reply.content, extra="forbid")
+    harness.registry.delete_task("documented")
+
+
+def test_lifespan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It picks up what another process publishes, and stops the engine at the end."""
+    monkeypatch.setattr("app.main.REFRESH_INTERVAL", 0.05)
+    harness = Harness.create(tmp_path / "prompts")
+    with harness.client() as client:
+        Harness.create(tmp_path / "prompts").publish("elsewhere")
+        wait_until(lambda: client.get("/v1/tasks/elsewhere").status_code == 200)
+        assert harness.engine.stopped == 0
+    assert harness.engine.stopped == 1

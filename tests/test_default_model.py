@@ -1,0 +1,83 @@
+"""The shipped prompts on the real base: rows of every task and of the bare base in one batch, held to PEFT alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.base_model import BaseModel
+from app.registry import Registry, Store
+from app.soft_prompt import SoftPrompt
+from tests.core_harness import Harness
+from tests.peft_oracle import oracle_logits
+
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")]
+
+PROMPTS = Path(__file__).parent.parent / "prompts"
+TOLERANCE = 1e-3
+NEW_TOKENS = 8
+INPUTS = (
+    "I love my team.",
+    "901 Hamlet St, Evanston, IL 60202",
+    "how much money is in my checking account, and what was the last thing that I bought with it",
+)
+
+
+def test_shipped_prompts_equal_peft_alone(default_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = default_base
+    registry = Registry(Store(PROMPTS), base.info)
+    tasks = [task.name for task in registry.tasks()]
+    assert {"sentiment_mixed", "address_parse"} <= set(tasks) and len(tasks) >= 4
+    harness = Harness(base.model, base.info, monkeypatch)
+    rows = []
+    for number, name in enumerate([*tasks, None, *tasks, None]):
+        pin = registry.pin(name) if name else None
+        text = INPUTS[number % len(INPUTS)]
+        if pin is not None:
+            text = pin.version.manifest.parsed_template.prompt(text)
+        token_ids = base.tokenizer(text)["input_ids"]
+        harness.add(pin.prompt if pin else None, token_ids, max_tokens=NEW_TOKENS)
+        rows.append((name, pin, token_ids))
+    harness.run()
+    for number, (name, pin, token_ids) in enumerate(rows):
+        folder = PROMPTS / name / "versions" / str(pin.version.number) if name and pin else None
+        generated = harness.ids(number)
+        assert len(generated) == NEW_TOKENS
+        expected = oracle_logits(base.model, folder, token_ids + generated)
+        for step, token in enumerate(generated):
+            ours, theirs = harness.logits[number][step], expected[len(token_ids) - 1 + step]
+            assert (ours - theirs).abs().max() < TOLERANCE, f"{name}, step {step}"
+            best = theirs.topk(2)
+            if best.values[0] - best.values[1] > TOLERANCE:
+                assert token == best.indices[0], f"{name}, step {step}"
+    harness.assert_clean()
+
+
+def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
+    default_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = default_base
+    virtual = base.tokenizer("Decide whether the text is positive or negative.")["input_ids"]
+    prompt = SoftPrompt("embedding", base.model.get_input_embeddings().weight[virtual].detach(), "sha256:text")
+    harness = Harness(base.model, base.info, monkeypatch)
+    for text in INPUTS:
+        token_ids = base.tokenizer(text)["input_ids"]
+        harness.add(prompt, token_ids, max_tokens=NEW_TOKENS)
+        harness.add(None, virtual + token_ids, max_tokens=NEW_TOKENS)
+    harness.run()
+    for number in range(len(INPUTS)):
+        assert harness.ids(2 * number) == harness.ids(2 * number + 1)
+        for ours, theirs in zip(harness.logits[2 * number], harness.logits[2 * number + 1], strict=True):
+            assert (ours - theirs).abs().max() < TOLERANCE
+
+
+def test_every_shipped_prompt_was_trained_on_this_base_and_says_how_good_it_is(default_base: BaseModel) -> None:
+    registry = Registry(Store(PROMPTS), default_base.info)
+    for task in registry.tasks():
+        manifest = registry.resolve(task.name).manifest
+        assert manifest.base is not None and manifest.base.fingerprint == default_base.info.fingerprint
+        assert manifest.template and manifest.description
+        assert {"origin", "licence", "digest"} <= manifest.lineage["data"].keys()
+        assert manifest.lineage["command"].startswith(f"softprompt train {task.name} ")
+        assert {"soft_prompt", "zero_shot", "floor"} <= manifest.metrics.keys() and manifest.metrics["rows"] >= 200
