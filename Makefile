@@ -35,8 +35,8 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: setup ## Example: train a soft prompt for sentiment_mixed
-	$(BIN)/softprompt train sentiment_mixed --data examples/data/sentiment_mixed --classify \
+train: setup ## Example: train a soft prompt and publish it as the task mood
+	$(BIN)/softprompt train mood --data examples/data/sentiment_mixed --classify \
 		--template '{input}\nSentiment:' --init-text 'Is the sentiment of the text negative or positive?'
 
 docker-check: ## Run the Dockerfile's steps without Docker and ask the server one question

