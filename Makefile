@@ -13,7 +13,8 @@ help: ## Show the targets
 setup: $(STAMP) ## Create the virtual environment and install everything, once
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A virtual environment that was interrupted while it was made has no pip.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
 	@touch $@
 

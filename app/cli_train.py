@@ -42,15 +42,9 @@ def train_and_publish(
     report = _train(job, base, work, console)
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow]: {warning}")
-    metrics: dict[str, object] = {}
-    if job.splits.test:
-        with _engine(settings, base) as engine, _bar(console) as bar:
-            zero_shot_rows = min(len(job.splits.test), 100) * (2 if base.tokenizer.chat_template else 1)
-            count = len(job.splits.test) * (2 if baselines else 1) + (zero_shot_rows if baselines else 0)
-            scored = bar.add_task("scoring", total=count)
-            metrics = asyncio.run(
-                job.metrics(base, engine, work, baselines=baselines, on_row=lambda: bar.advance(scored))
-            )
+    with _engine(settings, base) as engine, _bar(console) as bar:
+        scored = bar.add_task("scoring", total=job.num_scored_rows(base, baselines=baselines))
+        metrics = asyncio.run(job.metrics(base, engine, work, baselines=baselines, on_row=lambda: bar.advance(scored)))
     checkpoint = job.read(work, base, job.manifest(base, report, metrics))
     published = registry.publish(job.task, checkpoint, alias=alias)
     verb = "published" if published.created else "was published before as"

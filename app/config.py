@@ -50,7 +50,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(f"{PREFIX}PORT", "PORT"),
         description="Port to listen on; 0 takes a free one. PORT works too; SOFTPROMPT_PORT wins",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<n>")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or e.g. cuda:1"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the model runs in; auto goes by what the device is fast at"
     )
@@ -65,7 +67,7 @@ class Settings(BaseSettings):
     )
     max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused with 503")
     max_body_bytes: Positive = Field(2**20, description="Largest JSON body")
-    max_upload_bytes: Positive = Field(64 * 2**20, description="Largest soft prompt or training file")
+    max_upload_bytes: Positive = Field(64 * 2**20, le=64 * 2**20, description="Largest adapter_model.safetensors")
     send_timeout: Seconds = Field(30.0, description="Seconds a client may take to read a part of a stream")
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")

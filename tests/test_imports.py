@@ -20,7 +20,7 @@ LAYERS = [
     {"registry"},
     {"train"},
     {"api"},
-    {"main", "client", "cli_train"},
+    {"main", "cli_train"},
     {"cli"},
 ]
 WEB = {
@@ -29,7 +29,6 @@ WEB = {
     "uvicorn",
     "pydantic",
     "pydantic_settings",
-    "sse_starlette",
     "httpx",
     "typer",
     "rich",

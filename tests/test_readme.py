@@ -22,8 +22,8 @@ from app import cli
 from app.base_model import BaseModel
 from app.config import Settings, variables
 from tests.peft_oracle import oracle_generate
+from tests.shipped import PROMPTS, ROOT, SHIPPED
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 VOLATILE = {"id", "created_at"}  # differ in every reply
 
@@ -63,7 +63,8 @@ def examples() -> list[tuple[str, Any]]:
 def server(default_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real `softprompt serve` over a copy of the shipped prompts."""
     registry = tmp_path_factory.mktemp("registry") / "prompts"
-    shutil.copytree(ROOT / "prompts", registry)
+    for name in SHIPPED:
+        shutil.copytree(PROMPTS / name, registry / name)
     cache = str(default_base.path.parent.parent)
     settings = {"SOFTPROMPT_REGISTRY": str(registry), "SOFTPROMPT_CACHE_DIR": cache, "SOFTPROMPT_PORT": "0"}
     process = subprocess.Popen(
@@ -151,11 +152,6 @@ def test_a_checkpoint_saved_by_peft_is_served_at_once_and_leaves_streams_alone(
         assert matches(after["outputs"][0]["text"], expected[1])
 
 
-def shipped() -> list[tuple[str, dict[str, Any]]]:
-    logs = sorted((ROOT / "prompts").glob("*/versions/1/manifest.json"))
-    return [(path.parts[-4], json.loads(path.read_text())) for path in logs]
-
-
 def score_row(task: str, metrics: dict[str, Any]) -> str:
     """The line of README's table that a manifest's metrics give."""
     name = next(iter(metrics["soft_prompt"]))
@@ -166,6 +162,6 @@ def score_row(task: str, metrics: dict[str, Any]) -> str:
 
 
 def test_the_table_of_shipped_prompts_is_what_their_manifests_say() -> None:
-    assert len(shipped()) >= 4
-    for task, manifest in shipped():
+    for task in SHIPPED:
+        manifest = json.loads((PROMPTS / task / "versions" / "1" / "manifest.json").read_text())
         assert score_row(task, manifest["metrics"]) in README.splitlines(), task

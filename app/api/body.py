@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
-from email.message import Message
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from python_multipart.multipart import parse_options_header
 
 from app.api.deps import get_state
 from app.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
@@ -16,12 +16,10 @@ from app.strict_json import parse_object
 
 def content_type(request: Request) -> str:
     """The media type in lower case, "" if there is none. Raises UnsupportedMediaType for charsets but UTF-8."""
-    value = request.headers.get("content-type", "")
-    message = Message()
-    message["content-type"] = value
-    if message.get_content_charset("utf-8") not in ("utf-8", "us-ascii"):
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"us-ascii"):
         raise UnsupportedMediaType("the charset must be utf-8")
-    return message.get_content_type() if value else ""
+    return kind.decode("latin-1").lower()
 
 
 async def read_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:

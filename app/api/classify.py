@@ -51,6 +51,8 @@ async def classify(
         tokenizer = state.base.tokenizer
         prompts = await encode(tokenizer, [template.prompt(text) for text in inputs])
         targets = await encode(tokenizer, [template.target(label) for label in labels], add_special_tokens=False)
+        if not all(targets):
+            raise InvalidRequest("labels: one has no tokens", param="labels")
         work = together(lease.score(state.engine, prompt, targets) for prompt in prompts)
         scored = await first(work, disconnection(request.receive))
     results = []
@@ -60,7 +62,7 @@ async def classify(
         by_label = dict(zip(labels, probabilities, strict=True))
         results.append({"index": index, "label": labels[best], "probabilities": by_label})
     reply = {
-        **identity("cls", lease.version),
+        **identity("cls", state.base.info, lease.version),
         "results": results,
         "usage": usage(lease, prompts, num_generated=0).model_dump(),
     }

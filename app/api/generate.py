@@ -17,6 +17,7 @@ from app.api.schemas import GenerateReply, GenerateRequest, as_list
 from app.api.stream import Emit, EventStream
 from app.engine import SamplingParams
 from app.manifest import Defaults
+from app.soft_prompt import BaseInfo
 from app.text import Template
 
 T = TypeVar("T")
@@ -74,11 +75,11 @@ async def generate(
 class _Run:
     """The answers to one request, under way."""
 
-    def __init__(self, lease: Lease, prompts: list[list[int]]) -> None:
+    def __init__(self, lease: Lease, base: BaseInfo, prompts: list[list[int]]) -> None:
         self._lease = lease
         self._prompts = prompts  # token ids
         self._answers: list[Answer] = []
-        self._identity = identity("gen", lease.version)
+        self._identity = identity("gen", base, lease.version)
 
     @classmethod
     async def start(cls, state: State, lease: Lease, body: GenerateRequest) -> _Run:
@@ -88,10 +89,10 @@ class _Run:
         defaults = manifest.defaults if manifest else Defaults()
         stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
         prompts = await encode(state.base.tokenizer, [template.prompt(text) for text in as_list(body.input)])
-        run = cls(lease, prompts)
+        run = cls(lease, state.base.info, prompts)
         try:
             for prompt in prompts:
-                room = state.base.info.max_model_len - lease.num_virtual_tokens - len(prompt)
+                room = state.engine.max_model_len - lease.num_virtual_tokens - len(prompt)
                 params = _sampling(body, defaults, room, state.base.eos_token_ids)
                 generation = lease.generate(state.engine, prompt, params)
                 run._answers.append(Answer(generation, state.base.tokenizer, template, stop))

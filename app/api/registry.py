@@ -18,7 +18,7 @@ from app.api.schemas import AliasReply, AliasRequest, Deleted, Page, PublishRepl
 from app.api.upload import UPLOAD_BODY, Upload, read_upload
 from app.checkpoint import Checkpoint, read_checkpoint, read_manifest
 from app.engine import Engine
-from app.errors import InvalidPromptFile, NotReady, NumericalError
+from app.errors import ContextLengthExceeded, InvalidPromptFile, NotReady, NumericalError, ReferenceNotFound
 from app.manifest import ManifestInput
 from app.registry import DEFAULT_ALIAS, Alias, Registry, Task, Version
 from app.registry.reference import check_alias_name, check_task_name, not_found
@@ -179,6 +179,8 @@ async def _try_out(engine: Engine, prompt: SoftPrompt) -> None:
         await engine.load(prompt)
     except NumericalError as error:
         raise InvalidPromptFile(error.message, param="adapter_model", code=error.code) from None
+    except ContextLengthExceeded as error:
+        raise InvalidPromptFile(error.message, param="adapter_config", code="too_many_virtual_tokens") from None
 
 
 async def _unload(engine: Engine, version: Version) -> None:
@@ -204,7 +206,10 @@ def _task_reply(task: Task) -> dict[str, Any]:
 
 
 def _version_reply(version: Version, registry: Registry) -> dict[str, Any]:
-    aliases = registry.task(version.task).aliases.values()
+    try:
+        aliases = list(registry.task(version.task).aliases.values())
+    except ReferenceNotFound:  # deleted since the caller found the version
+        aliases = []
     return {
         "task": version.task,
         "version": version.number,

@@ -11,6 +11,7 @@ import anyio.to_thread
 from app.api.lease import Lease
 from app.api.schemas import PromptTokensDetails, Usage
 from app.registry import Version
+from app.soft_prompt import BaseInfo
 
 
 async def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
@@ -23,13 +24,15 @@ async def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
     return await anyio.to_thread.run_sync(run)
 
 
-def identity(prefix: str, version: Version | None) -> dict[str, Any]:
-    """The first members of a reply: its id, and the version that made it (nulls for the bare base model)."""
+def identity(prefix: str, base: BaseInfo, version: Version | None) -> dict[str, Any]:
+    """The first members of a reply: its id, and what made it (nulls for the bare base model)."""
+    digests = [base.fingerprint, *([version.digest] if version else [])]
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "task": version and version.task,
         "version": version and version.number,
         "digest": version and version.digest,
+        "system_fingerprint": "_".join(["fp", *(digest.removeprefix("sha256:")[:12] for digest in digests)]),
     }
 
 

@@ -84,6 +84,7 @@ class Reply(BaseModel):
     task: str | None  # null, like the two below: the bare base model
     version: int | None
     digest: str | None
+    system_fingerprint: str  # of the base model and the version
 
 
 class Output(BaseModel):

@@ -83,7 +83,10 @@ class Server(uvicorn.Server):
         super().run(sockets=sockets or [self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as error:  # another server bound the same address, and listened first
+            raise InvalidSettings(f"cannot listen: {error.strerror}") from None
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         sys.stdout.write(f"softprompt ready on http://{shown}:{port} {self._greeting}\n")

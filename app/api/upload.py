@@ -16,7 +16,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.body import content_type, read_chunks
 from app.checkpoint import DEFAULT_LIMITS, MAX_MANIFEST_BYTES
-from app.errors import InvalidPromptFile, InvalidRequest, UnsupportedMediaType
+from app.errors import BodyTooLarge, InvalidPromptFile, InvalidRequest, UnsupportedMediaType
 from app.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ async def read_upload(request: Request, max_upload_bytes: int) -> Upload:
     """Raises BodyTooLarge, UnsupportedMediaType, InvalidRequest, InvalidPromptFile."""
     kind = content_type(request)
     if kind == "multipart/form-data":
-        return await _read_multipart(request, max_upload_bytes + MAX_OVERHEAD)
+        upload = await _read_multipart(request, max_upload_bytes + MAX_OVERHEAD)
+        if len(upload.tensors) > max_upload_bytes:
+            raise BodyTooLarge(f"adapter_model has {len(upload.tensors)} bytes but may have {max_upload_bytes}")
+        return upload
     if kind in RAW_TYPES:
         return _from_metadata(b"".join([chunk async for chunk in read_chunks(request, max_upload_bytes)]))
     raise UnsupportedMediaType(f"the body must be multipart/form-data or {RAW_TYPES[0]}")

@@ -85,6 +85,11 @@ class Engine(Protocol):
     no longer needs the soft prompt, whatever ended the request; if the call itself raises, it is not called.
     """
 
+    @property
+    def max_model_len(self) -> int:
+        """Positions that any request may have: virtual tokens, text and answer."""
+        ...
+
     def start(self) -> None: ...
 
     def stop(self) -> None: ...

@@ -87,11 +87,14 @@ class EngineCore:
         prefix.users -= 1
         if scratch is None:
             raise Overloaded("no room in the KV cache to try the soft prompt")
-        finite = self.runner.probe(prefix, scratch[0])
-        self.blocks.release(scratch)
-        if not finite:
+        try:
+            if not self.runner.probe(prefix, scratch[0]):
+                raise NumericalError("the model's logits behind this soft prompt are not finite")
+        except Exception as error:
             self.blocks.drop(prefix)
-            raise NumericalError("the model's logits behind this soft prompt are not finite")
+            raise _client_error(error) from error
+        finally:
+            self.blocks.release(scratch)
 
     def unload(self, digest: str) -> None:
         """Forget a prefix; the blocks that rows share with it are freed with the last of them."""

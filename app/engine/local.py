@@ -67,6 +67,11 @@ class LocalEngine:
         self._score_ids = itertools.count()
         self._last_turn = time.monotonic()
 
+    @property
+    def max_model_len(self) -> int:
+        """What fits both the model and the KV cache, whatever the soft prompt (a copied block is set aside)."""
+        return min(self._info.max_model_len, (self._blocks.num_usable_blocks - 1) * BLOCK_SIZE)
+
     def start(self) -> None:
         """Check the model once, then start the thread. Raises InvalidBaseModel."""
         blocks = self._blocks.allocate(2)

@@ -52,7 +52,7 @@ def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     device = scaled.device
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab_size, device=device)
-    top_k = torch.tensor([p.top_k or vocab_size for p in params], device=device).unsqueeze(-1)
+    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device).unsqueeze(-1)
     ordered = ordered.masked_fill(rank >= top_k, -torch.inf)
     probabilities = torch.softmax(ordered, dim=-1)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device).unsqueeze(-1)

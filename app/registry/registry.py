@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
-from app.errors import PreconditionFailed, PromptCorrupt, ReferenceNotFound, ServerError
+from app.errors import InvalidRequest, PreconditionFailed, PromptCorrupt, ReferenceNotFound, ServerError
 from app.manifest import Manifest, ManifestInput
 from app.registry import log
 from app.registry.index import Index
@@ -108,10 +108,12 @@ class Registry:
     ) -> Published:
         """Store the checkpoint as a new version and move `alias` to it, both or neither; durable on return.
 
-        Content that a live version of the task has already is not stored again; the alias moves to that one.
-        Raises InvalidRequest for a bad name.
+        Content that a live version of the task has already is not stored again, unless its files are damaged;
+        the alias moves to that one. Raises InvalidRequest for a bad name, the base model's own included.
         """
         check_task_name(task)
+        if task == self._base.name:
+            raise InvalidRequest("this name is the base model's", param="task")
         if alias is not None:
             check_alias_name(alias)
         digest = checkpoint.prompt.digest
@@ -123,10 +125,11 @@ class Registry:
         }
         hashes = log.Files.of(files)
         upload = self._store.upload(task, files)
+        damaged: Version | None = None
 
         def decide(state: TaskState) -> Change | None:
             existing = state.task.by_digest.get(digest)
-            if existing is None:
+            if existing is None or existing == damaged:
                 number = upload.place(state.numbers)
                 return PublishVersion(version=number, files=hashes, manifest=manifest, alias=alias)
             current = state.task.aliases.get(alias) if alias else None
@@ -136,7 +139,10 @@ class Registry:
 
         try:
             known = self._index.catch_up(task)
-            if digest not in known.task.by_digest:
+            existing = known.task.by_digest.get(digest)
+            if existing is not None and not self._is_intact(existing):
+                damaged = existing  # uploading it again is how an operator mends it
+            if existing is None or damaged:
                 if not known.head.seq:
                     self._store.create(task)
                 upload.write()  # the slow part, before the commit for which other writers wait
@@ -244,6 +250,12 @@ class Registry:
             return prompt
 
         return self._prompts.get(_key(version), load)
+
+    def _is_intact(self, version: Version) -> bool:
+        try:
+            return all(self._read(version, name) for name in version.files)
+        except (PromptCorrupt, ReferenceNotFound):
+            return False
 
     def _read(self, version: Version, name: str) -> bytes:
         data = self._store.read_file(version.task, version.number, name)

@@ -14,7 +14,7 @@ from app.errors import InvalidTrainingData
 from app.manifest import BaseReference, Defaults, ManifestInput
 from app.text import Template
 from app.train.data import Row, read_rows
-from app.train.evaluate import Evaluator
+from app.train.evaluate import ZERO_SHOT_TRIAL_ROWS, Evaluator
 from app.train.recipe import Recipe
 from app.train.report import TrainReport
 
@@ -98,15 +98,27 @@ class Job:
         config, tensors = ((out_dir / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE))
         return read_checkpoint(config, tensors, manifest, base.info)
 
+    def num_scored_rows(self, base: BaseModel, *, baselines: bool) -> int:
+        """How often `metrics` will call `on_row`."""
+        rows = len(self.splits.test)
+        if not baselines:
+            return rows
+        forms = 2 if base.tokenizer.chat_template else 1
+        return rows * 2 + min(rows, ZERO_SHOT_TRIAL_ROWS) * forms
+
     async def metrics(
         self, base: BaseModel, engine: Engine, out_dir: Path, *, baselines: bool, on_row: Callable[[], None]
     ) -> dict[str, Any]:
-        """Scores on the whole test split, beside the floors and, with `baselines`, the zero-shot model."""
+        """Scores on the whole test split, beside the floors and, with `baselines`, the zero-shot model.
+
+        Without test rows the prompt is still tried on the model, and there are no scores.
+        """
         rows = self.splits.test
+        prompt = self.read(out_dir, base, ManifestInput()).prompt
+        await engine.load(prompt)
         if not rows:
             return {}
         evaluator = self.evaluator(base, engine, on_row)
-        prompt = self.read(out_dir, base, ManifestInput()).prompt
         metrics: dict[str, Any] = {
             "split": "test",
             "rows": len(rows),

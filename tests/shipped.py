@@ -1,0 +1,9 @@
+"""The prompts that ship: `prompts/` is also the default registry, so a user's own tasks may stand beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ROOT / "prompts"
+SHIPPED = ("address_parse", "clinc_domain", "disfl_qa", "sentiment_mixed")
