@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -14,12 +15,13 @@ from rich.table import Table
 from app.base_model import BaseModel
 from app.config import Settings
 from app.engine.local import LocalEngine
+from app.errors import TrainingFailed
 from app.registry import Published, Registry, Store
 from app.registry.reference import check_alias_name, check_task_name
 from app.text import Template
 from app.train import Progress as Step
 from app.train import Row, TrainReport, train
-from app.train.evaluate import Evaluator
+from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
 from app.train.job import Job
 
 
@@ -34,12 +36,19 @@ def train_and_publish(
     console: Console,
 ) -> Published:
     """Train in `work`, score on the test rows, publish; tells how it goes on `console`."""
-    check_task_name(job.task)  # before the work, not after it
+    check_task_name(job.task)
     if alias is not None:
         check_alias_name(alias)
+    job.check(base)
+    if baselines and job.splits.test and not job.instruction:
+        console.print("no --instruction and no --init-text: there will be no zero-shot baseline")
     registry = Registry(Store(settings.registry), base.info)
     work.mkdir(parents=True, exist_ok=True)
-    report = _train(job, base, work, console)
+    try:
+        with FileLock(work / ".lock", timeout=0):
+            report = _train(job, base, work, console)
+    except Timeout:
+        raise TrainingFailed(f"another process is training in {work}") from None
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow]: {warning}")
     with _engine(settings, base) as engine, _bar(console) as bar:
@@ -57,21 +66,21 @@ def train_and_publish(
 async def evaluate_reference(
     reference: str, rows: Sequence[Row], settings: Settings, base: BaseModel, *, console: Console
 ) -> dict[str, float]:
-    """Scores of a published prompt, or of the bare base model under its own name."""
+    """Scores of a published prompt, or of the bare base model under its own name; answers are greedy."""
+    prompt, template, labels, max_tokens, stop = None, Template(None), None, None, None
+    if reference != base.info.name:
+        pin = Registry(Store(settings.registry), base.info).pin(reference)
+        manifest = pin.version.manifest
+        prompt, template, labels = pin.prompt, manifest.parsed_template, manifest.labels
+        max_tokens, stop = manifest.defaults.max_tokens, manifest.defaults.stop
     with _engine(settings, base) as engine, _bar(console) as bar:
         scored = bar.add_task("scoring", total=len(rows))
-        prompt, template, labels, max_tokens, stop = None, Template(None), None, None, None
-        if reference != base.info.name:
-            pin = Registry(Store(settings.registry), base.info).pin(reference)
-            manifest = pin.version.manifest
-            prompt, template, labels = pin.prompt, manifest.parsed_template, manifest.labels
-            max_tokens, stop = manifest.defaults.max_tokens, manifest.defaults.stop
         evaluator = Evaluator(
             engine=engine,
             tokenizer=base.tokenizer,
             eos_token_ids=base.eos_token_ids,
             labels=labels,
-            max_tokens=max_tokens or 128,
+            max_tokens=max_tokens or DEFAULT_ANSWER_TOKENS,
             stop=stop or (),
             on_row=lambda: bar.advance(scored),
         )
@@ -98,6 +107,7 @@ def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainRepo
             job.recipe,
             work,
             base_name=base.info.name,
+            base_fingerprint=base.info.fingerprint,
             on_progress=on_progress,
         )
 

@@ -82,7 +82,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the earliest stop string in streamed text, holding back what may be the start of one."""
+    """Ends streamed text at the stop string that is complete first, holding back what may be the start of one.
+
+    The result does not depend on how the text is cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -96,7 +99,7 @@ class StopStrings:
         self._held += text
         found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if found:
-            position, self.matched = min(found)
+            position, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             out, self._held = self._held[:position], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)

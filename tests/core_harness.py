@@ -36,12 +36,14 @@ class Harness:
         self.tokens: dict[int, list[Token | Exception]] = {}
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.released: list[int] = []
-        self._by_params: dict[int, int] = {}
+        self.contexts: list[ContextSequence] = []  # of all scores, in order
+        self._by_params: dict[int, tuple[int, SamplingParams]] = {}  # kept, so that no id is used twice
         original = model_runner.sample
 
         def recording(logits: torch.Tensor, params: Any, draws: Any) -> list[int | None]:
             for row, p in zip(logits, params, strict=True):
-                self.logits[self._by_params[id(p)]].append(row.clone())
+                if id(p) in self._by_params:  # else another harness in the same test
+                    self.logits[self._by_params[id(p)][0]].append(row.clone())
             return original(logits, params, draws)
 
         monkeypatch.setattr(model_runner, "sample", recording)
@@ -50,7 +52,7 @@ class Harness:
         name = len(self.tokens)
         self.tokens[name], self.logits[name] = [], []
         sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | params))
-        self._by_params[id(sampling)] = name
+        self._by_params[id(sampling)] = (name, sampling)
         sequence = GenerationSequence(list(token_ids), prompt, params=sampling, emit=self.tokens[name].append)
         self.core.add(sequence, lambda: self.released.append(name))
         return sequence
@@ -59,7 +61,8 @@ class Harness:
         """The list gets the result."""
         results: list[Any] = []
         score = Score(f"score:{id(results)}", prompt, continuations, results.append)
-        self.core.add(ContextSequence(list(token_ids), prompt, score=score), lambda: None)
+        self.contexts.append(ContextSequence(list(token_ids), prompt, score=score))
+        self.core.add(self.contexts[-1], lambda: None)
         return results
 
     def run(self, max_steps: int = 2_000) -> None:
@@ -81,6 +84,7 @@ class Harness:
         """Nothing but idle prefixes holds blocks."""
         for prefix in list(self.blocks._prefixes.values()):
             assert prefix.users == 0, prefix
+            assert not prefix.key.startswith("score:"), "a scoring request has ended and left its context"
             self.blocks.drop(prefix)
         assert self.blocks.num_used_blocks == 0
         assert self.blocks._references == [0] * self.blocks.num_blocks

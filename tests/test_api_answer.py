@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api.answer import Answer, Piece
+from app.answer import Answer, Piece
 from app.engine import SamplingParams
 from app.text import Template
 from tests.fake_engine import FakeEngine

@@ -54,7 +54,8 @@ def test_mixed_batch_equals_peft_alone(
     rows: list[tuple[int | None, list[int]]] = []
     for chosen in (0, 1, None, 0, 2, 3, None, 1, 3, 2, 0):
         rows.append((chosen, [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 60))]))
-    rows.append((3, [5]))  # the shortest text
+    rows.append((3, [5]))  # the shortest text, and the longest
+    rows.append((1, [rng.randrange(VOCAB_SIZE) for _ in range(60)]))
     for chosen, token_ids in rows:
         harness.add(None if chosen is None else prompts[chosen], token_ids, max_tokens=NEW_TOKENS)
     harness.run()
@@ -64,6 +65,23 @@ def test_mixed_batch_equals_peft_alone(
         expected = oracle_logits(model, folder, text, task_id(peft_type, chosen or 0))
         assert_equals_oracle(harness, name, token_ids, expected)
     harness.assert_clean()
+
+
+def test_all_types_share_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen2")
+    info = tiny_info(model)
+    harness = Harness(model, info, monkeypatch)
+    rows: list[tuple[str | None, Path | None, list[int]]] = [(None, None, [4, 2])]
+    for number, peft_type in enumerate(PEFT_TYPES):
+        folder = save_adapter(model, tmp_path / peft_type, peft_type, 3 + 5 * number, seed=number)
+        rows.append((peft_type, folder, [number + 1] * (3 * number + 1)))
+    for peft_type, folder, token_ids in rows:
+        prompt = read_folder(folder, info, task_id(peft_type or "", 1)).prompt if folder else None
+        harness.add(prompt, token_ids, max_tokens=NEW_TOKENS)
+    harness.run()
+    for name, (peft_type, folder, token_ids) in enumerate(rows):
+        expected = oracle_logits(model, folder, token_ids + harness.ids(name), task_id(peft_type or "", 1))
+        assert_equals_oracle(harness, name, token_ids, expected)
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT, right at batch 1

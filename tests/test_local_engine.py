@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,16 @@ def start() -> Any:
 
     yield _start
     for engine in engines:
+        deadline = time.monotonic() + 10
+        while engine._core.has_work and engine._open and time.monotonic() < deadline:
+            time.sleep(0.01)
         engine.stop()
-        assert not engine._core._releases
+        if engine._core.scheduler.running or engine._core.scheduler.waiting:
+            continue  # stopped or killed in the middle, by the test
+        for prefix in list(engine._blocks._prefixes.values()):
+            assert prefix.users == 0
+            engine._blocks.drop(prefix)
+        assert engine._blocks.num_used_blocks == 0
 
 
 def step_hook(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, hook: Callable[[Any], None]) -> None:
@@ -233,7 +242,7 @@ async def test_context_length_counts_virtual_tokens(start: Any, length: int, tex
         generation = engine.generate(prompt, [1] * text, greedy(new), on_release=releases)
         assert len(await collect(generation)) == new
     else:
-        with pytest.raises(ContextLengthExceeded, match="the limit is 512") as caught:
+        with pytest.raises(ContextLengthExceeded, match="the limit is 512, set by the model") as caught:
             engine.generate(prompt, [1] * text, greedy(new), on_release=releases)
         assert f"{length} virtual tokens" in caught.value.message
         assert releases.count == 0
@@ -285,10 +294,35 @@ async def test_blocks_that_held_nan_are_clean_for_the_next_row(start: Any) -> No
     engine = start(kv_cache_tokens=96)
     expected = [await collect(engine.generate(None, TEXT * n, greedy(20))) for n in (1, 4)]
     poisonous = SoftPrompt("kv", torch.full((3, 2, 2, 40, 8), 3e38), digest="sha256:bad")
-    for _ in range(3):
+    for round in range(6):
         with pytest.raises(NumericalError):
             await collect(engine.generate(poisonous, TEXT, greedy(20)))
+        for number in range(4):
+            length = (3, 20)[number % 2]  # 13 or 12 slots of the last block are stale, in every block in turn
+            await engine.load(random_prompt(4 * round + number, length))
         assert [await collect(engine.generate(None, TEXT * n, greedy(20))) for n in (1, 4)] == expected
+
+
+async def test_a_failing_on_release_hurts_nobody_else(start: Any) -> None:
+    engine = start()
+
+    def fail() -> None:
+        raise RuntimeError("the caller's bug")
+
+    beside = engine.generate(None, TEXT, greedy(30))
+    assert len(await collect(engine.generate(None, TEXT, greedy(3), on_release=fail))) == 3
+    assert len(await collect(beside)) == 30
+
+
+async def test_closing_wakes_a_waiting_reader(start: Any) -> None:
+    engine = start(max_num_seqs=1)
+    long = engine.generate(None, TEXT, greedy(300))
+    queued = engine.generate(None, TEXT, greedy(300))
+    reader = asyncio.create_task(collect(queued))
+    await asyncio.sleep(0.01)
+    await queued.aclose()
+    assert await asyncio.wait_for(reader, timeout=5) == []
+    await long.aclose()
 
 
 async def test_an_exception_in_a_step_fails_its_rows_and_the_engine_goes_on(

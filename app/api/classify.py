@@ -42,7 +42,7 @@ async def classify(
     """Choose a label for each input.
 
     A label's score is the summed log-likelihood of its tokens behind the input; probabilities are the softmax
-    of the scores over the labels.
+    of the scores over the labels. A label whose tokens begin another label's never scores below it.
     """
     inputs = as_list(body.input)
     async with leased(state, body.task) as lease:

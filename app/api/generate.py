@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
-from app.api.answer import Answer, Piece
+from app.answer import Answer, Piece
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deps import State, StateDep

@@ -59,7 +59,7 @@ class EngineStats:
     waiting: int
     kv_blocks_total: int
     kv_blocks_used: int
-    prefixes: int  # soft prompts resident in the KV cache
+    prefixes: int  # soft prompts, and contexts being scored, resident in the KV cache
     prefix_loads: int  # times a soft prompt's KV was computed or copied in
     prefix_evictions: int
     preemptions: int

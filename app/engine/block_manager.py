@@ -6,7 +6,7 @@ Block 0 is never given out, so never written: padding points there.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 
 
@@ -74,12 +74,10 @@ class BlockManager:
 
     def _num_evictable(self) -> int:
         """Blocks that dropping every idle prefix would free."""
-        return sum(
-            self._references[block] == 1
-            for prefix in self._prefixes.values()
-            if prefix.users == 0
-            for block in prefix.block_table
-        )
+        idle = [prefix for prefix in self._prefixes.values() if prefix.users == 0]
+        # A block may belong to several: a scoring request's context shares those of its soft prompt.
+        held = Counter(block for prefix in idle for block in prefix.block_table)
+        return sum(self._references[block] == count for block, count in held.items())
 
     def release(self, blocks: list[int]) -> None:
         """Give up one reference to each block and empty the list."""

@@ -38,7 +38,7 @@ class LocalGeneration(AsyncIterator[Token]):
         if isinstance(item, Exception):
             self._ended = True
             raise item
-        self._ended = item.finish_reason is not None
+        self._ended = self._ended or item.finish_reason is not None
         return item
 
     async def aclose(self) -> None:
@@ -46,6 +46,7 @@ class LocalGeneration(AsyncIterator[Token]):
         if not self._ended:
             self._ended = True
             self.cancel()
+            self._queue.put_nowait(Token(None, "abort"))  # for a reader that is waiting
 
 
 def post(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:

@@ -53,8 +53,10 @@ class KVCache:
         slots = self.slots(block_table, 0, prompt.num_virtual_tokens).to(self.data.device)
         self.data[:, :, slots] = prompt.tensor.transpose(2, 3).to(self.data.device, self.data.dtype)
 
-    def is_finite(self, block_table: list[int]) -> bool:
-        return bool(torch.isfinite(self._blocks[:, :, block_table]).all())
+    def is_finite(self, block_table: list[int], num_tokens: int) -> bool:
+        """Whether the first `num_tokens` positions are; behind them a block may hold what its last owner left."""
+        slots = self.slots(block_table, 0, num_tokens).to(self.data.device)
+        return bool(torch.isfinite(self.data[:, :, slots]).all())
 
     def view(self, batch: BatchSlots) -> Cache:
         """The cache as transformers wants it, for one forward pass over that batch."""

@@ -44,7 +44,7 @@ class LocalEngine:
         info: BaseInfo,
         *,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 256,
+        max_num_batched_tokens: int = 512,
         max_waiting: int = 256,
         kv_cache_tokens: int | None = None,
     ) -> None:
@@ -185,10 +185,12 @@ class LocalEngine:
         virtual = prompt.num_virtual_tokens if prompt else 0
         total = virtual + len(token_ids) + max_tokens
         if total > self._info.max_model_len or not self._blocks.fits_alone(virtual, total):
-            capacity = self._blocks.num_usable_blocks * BLOCK_SIZE
+            # A partial last block of the soft prompt is copied.
+            room = (self._blocks.num_usable_blocks - bool(virtual % BLOCK_SIZE)) * BLOCK_SIZE
+            limit, owner = min((self._info.max_model_len, "the model"), (room, "the KV cache"))
             raise ContextLengthExceeded(
                 f"{virtual} virtual tokens + {len(token_ids)} text tokens + up to {max_tokens} new ones make {total}; "
-                f"the limit is {min(self._info.max_model_len, capacity)}",
+                f"the limit is {limit}, set by {owner}",
                 param="input",
             )
 
@@ -201,8 +203,11 @@ class LocalEngine:
         def release() -> None:
             with self._door:
                 self._num_in_flight -= 1
-            if on_release is not None:
-                on_release()
+            try:
+                if on_release is not None:
+                    on_release()
+            except Exception:  # the caller's bug must not reach the other requests
+                log.exception("on_release failed")
 
         with self._door:
             if self._num_in_flight >= self._max_in_flight:
@@ -230,8 +235,10 @@ class LocalEngine:
             error = EngineFailed(f"the engine thread died: {type(crash).__name__}")
         with self._door:
             self._open = False
-        self._obey(wait=False)  # what came in before the door closed gets the error too
-        self._core.fail_all(error)
+        try:
+            self._obey(wait=False)  # what came in before the door closed gets the error too
+        finally:
+            self._core.fail_all(error)
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out the inbox's commands; with `wait`, give one a moment to arrive."""

@@ -75,7 +75,7 @@ class ModelRunner:
             embeddings = prompt.tensor.to(self.device, self.dtype).unsqueeze(0)
             spans = [(prefix.block_table, 0, prompt.num_virtual_tokens)]
             self._forward(spans, num_logits=1, inputs_embeds=embeddings)
-        if not self.cache.is_finite(prefix.block_table):
+        if not self.cache.is_finite(prefix.block_table, prefix.num_tokens):
             raise NumericalError(f"the soft prompt's keys and values are not finite in {self.dtype}")
 
     @torch.inference_mode()
@@ -150,7 +150,8 @@ class ModelRunner:
     def _masks(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks [rows, 1, width, length]: causal, and within the window for sliding layers.
 
-        The smallest finite number, not minus infinity: a padded query masks everything, and must stay finite.
+        The smallest finite number, not minus infinity: in a sliding layer a padded query may see nothing at all, and
+        must stay finite.
         """
         keys = torch.arange(length, device=self.device)
         distance = positions.unsqueeze(-1) - keys  # [rows, width, length]

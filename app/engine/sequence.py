@@ -64,7 +64,8 @@ class GenerationSequence(Sequence):
         self.num_prompt_tokens = len(self.token_ids)
         # One generator a sequence: the same seed draws the same numbers whatever else is in the batch, and
         # a preempted sequence goes on where it was.
-        self.random = random.Random(self.params.seed)
+        # As text, because random.Random takes an integer's absolute value.
+        self.random = random.Random(None if self.params.seed is None else str(self.params.seed))
 
     def num_logits(self, start: int, end: int) -> int:
         return int(end == self.num_tokens)

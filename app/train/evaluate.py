@@ -10,14 +10,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from app.answer import Answer
 from app.engine import Engine, SamplingParams
 from app.soft_prompt import SoftPrompt
-from app.text import Detokenizer, StopStrings, Template
+from app.text import Template
 from app.train.data import Row
 from app.train.metrics import accuracy, constant, macro_f1, naive_bayes, rouge_l
 
 ROWS_IN_FLIGHT = 64
 ZERO_SHOT_TRIAL_ROWS = 100
+DEFAULT_ANSWER_TOKENS = 128  # as in /v1/generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
     labels: Sequence[str] | None = None
-    max_tokens: int = 128
+    max_tokens: int = DEFAULT_ANSWER_TOKENS
     stop: Sequence[str] = ()
     on_row: Callable[[], None] = lambda: None  # called after every row
 
@@ -102,15 +104,4 @@ class Evaluator:
     async def _generate(self, prompt: SoftPrompt | None, template: Template, token_ids: list[int]) -> str:
         params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop_token_ids=self.eos_token_ids)
         generation = self.engine.generate(prompt, token_ids, params)
-        detokenizer, stop = Detokenizer(self.tokenizer), StopStrings(self.stop)
-        text = ""
-        try:
-            async for token in generation:
-                if token.id is not None:
-                    text += stop.push(detokenizer.push([token.id]))
-                if stop.matched is not None:
-                    break
-        finally:
-            await generation.aclose()
-        text += stop.push(detokenizer.flush()) + stop.flush()
-        return template.answer(text)
+        return (await Answer(generation, self.tokenizer, template, self.stop).text()).text

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
 from app.engine import Engine
-from app.errors import InvalidTrainingData
+from app.errors import InvalidRequest, InvalidTrainingData
 from app.manifest import BaseReference, Defaults, ManifestInput
 from app.text import Template
-from app.train.data import Row, read_rows
-from app.train.evaluate import ZERO_SHOT_TRIAL_ROWS, Evaluator
+from app.train.data import Row, encode, read_rows
+from app.train.evaluate import DEFAULT_ANSWER_TOKENS, ZERO_SHOT_TRIAL_ROWS, Evaluator
 from app.train.recipe import Recipe
 from app.train.report import TrainReport
 
@@ -60,10 +62,14 @@ class Job:
     labels: list[str] | None = None
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
-    instruction: str = ""  # what the zero-shot baseline is told
+    instruction: str = ""  # what the zero-shot baseline is told; without one there is no such baseline
     description: str = ""
     source: dict[str, str] = field(default_factory=dict)  # origin, licence, ... of the data
     command: str = ""
+
+    @property
+    def answer_tokens(self) -> int:
+        return DEFAULT_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
 
     def evaluator(self, base: BaseModel, engine: Engine, on_row: Callable[[], None] = lambda: None) -> Evaluator:
         return Evaluator(
@@ -71,25 +77,41 @@ class Job:
             tokenizer=base.tokenizer,
             eos_token_ids=base.eos_token_ids,
             labels=self.labels,
-            max_tokens=self.max_tokens or 128,
+            max_tokens=self.answer_tokens,
             stop=self.stop,
             on_row=on_row,
         )
 
+    def check(self, base: BaseModel) -> None:
+        """Find before the training what would only fail after it. Raises InvalidRequest, InvalidTrainingData."""
+        try:
+            self._manifest(base, metrics={}, lineage={})
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise InvalidRequest(f"{where}: {problem['msg']}", param=where) from None
+        spoken = len(base.tokenizer(self.instruction)["input_ids"]) if self.instruction else 0
+        room = base.info.max_model_len - self.recipe.num_virtual_tokens - spoken - self.answer_tokens
+        encode(self.splits.test, base.tokenizer, self.template, room)
+
     def manifest(self, base: BaseModel, report: TrainReport, metrics: dict[str, Any]) -> ManifestInput:
         trained = report.as_dict()
+        lineage = {
+            "data": {**self.source, "digest": report.data_digest},
+            "command": self.command,
+            **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
+            **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
+        }
+        return self._manifest(base, metrics, lineage)
+
+    def _manifest(self, base: BaseModel, metrics: dict[str, Any], lineage: dict[str, Any]) -> ManifestInput:
         return ManifestInput(
             base=BaseReference(name=base.info.name, fingerprint=base.info.fingerprint),
             template=self.template.text,
             labels=self.labels,
             defaults=Defaults(max_tokens=self.max_tokens, stop=self.stop or None),
             metrics=metrics,
-            lineage={
-                "data": {**self.source, "digest": report.data_digest},
-                "command": self.command,
-                **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
-                **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
-            },
+            lineage=lineage,
             description=self.description,
         )
 
@@ -101,7 +123,7 @@ class Job:
     def num_scored_rows(self, base: BaseModel, *, baselines: bool) -> int:
         """How often `metrics` will call `on_row`."""
         rows = len(self.splits.test)
-        if not baselines:
+        if not (baselines and self.instruction):
             return rows
         forms = 2 if base.tokenizer.chat_template else 1
         return rows * 2 + min(rows, ZERO_SHOT_TRIAL_ROWS) * forms
@@ -125,6 +147,6 @@ class Job:
             "soft_prompt": await evaluator.score(prompt, self.template, rows),
             "floor": evaluator.floors(self.splits.train, rows),
         }
-        if baselines:
+        if baselines and self.instruction:
             metrics["zero_shot"] = await evaluator.zero_shot(self.instruction, self.template, rows, self.recipe.seed)
         return metrics

@@ -33,6 +33,7 @@ from app.train.report import REPORT_FILE, Progress, TrainReport
 
 # AdamW's usual 0.999 remembers a thousand steps; a whole run here is a few hundred
 _BETAS = (0.9, 0.99)
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     out_dir: Path,
     *,
     base_name: str,
+    base_fingerprint: str = "",
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainReport:
@@ -76,11 +78,11 @@ def train(
 
     run = _Run(model, tokenizer, recipe, base_name)
     data_digest = digest(rows_train, rows_validation)
-    identity = _identity(model, recipe, base_name, template, data_digest)
+    identity = _identity(model, recipe, [base_name, base_fingerprint], template, data_digest)
     work = out_dir / "checkpoint"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    elif finished := TrainReport.load(out_dir, identity):
+    elif all((out_dir / name).is_file() for name in _PEFT_FILES) and (finished := TrainReport.load(out_dir, identity)):
         return finished
     (out_dir / REPORT_FILE).unlink(missing_ok=True)  # it speaks of files that are about to change
     work.mkdir(parents=True, exist_ok=True)
@@ -237,7 +239,7 @@ class _Run:
         made = work / "peft"
         # save_embedding_layers=False: "auto" asks a hub about the base's vocabulary
         self.peft_model.save_pretrained(str(made), save_embedding_layers=False)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
+        for name in _PEFT_FILES:
             sync(made / name)
             os.replace(made / name, out_dir / name)
         sync(out_dir)
@@ -273,9 +275,9 @@ def _text_limit(model: PreTrainedModel, recipe: Recipe) -> int:
     return min(recipe.max_length, context - recipe.num_virtual_tokens)
 
 
-def _identity(model: PreTrainedModel, recipe: Recipe, base_name: str, template: Template, data_digest: str) -> str:
+def _identity(model: PreTrainedModel, recipe: Recipe, base: list[str], template: Template, data_digest: str) -> str:
     """Everything that shapes the result; a checkpoint of another run is not continued."""
     weight = embedding_weight(model)
-    parts: list[Any] = [recipe.as_dict(), base_name, template.text, data_digest]
+    parts: list[Any] = [recipe.as_dict(), *base, template.text, data_digest]
     parts += [model.num_parameters(), list(weight.shape), str(weight.dtype), embedding_rms(model)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
