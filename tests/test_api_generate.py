@@ -209,7 +209,9 @@ def test_stream_of_several_inputs(harness: Harness, client: TestClient) -> None:
     *pieces, last = events(reply.text)
     assert {event["id"] for event in [*pieces, last]} == {last["id"]}
     assert {event["digest"] for event in [*pieces, last]} == {version.digest}
-    assert set(last) == {"id", "task", "version", "digest", "usage"}
+    assert set(last) == {"id", "task", "version", "digest", "system_fingerprint", "usage"}
+    fingerprint = f"fp_{harness.base.info.fingerprint[7:19]}_{version.digest[7:19]}"
+    assert {event["system_fingerprint"] for event in [*pieces, last]} == {fingerprint}
     for index in range(3):
         own = [event["finish_reason"] for event in pieces if event["index"] == index]
         assert own[-1] == "length" and set(own[:-1]) == {None}

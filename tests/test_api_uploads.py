@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from app.errors import NumericalError, Overloaded, StorageFull
 from tests.api_harness import Harness, files
+from tests.tiny import tiny_base
 
 PATH = "/v1/tasks/sentiment/versions"
 RAW = {"content-type": "application/octet-stream"}
@@ -33,6 +34,7 @@ def client(harness: Harness) -> Iterator[TestClient]:
 @pytest.fixture(autouse=True)
 def nothing_outside_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An upload may be spooled nowhere: temporary files would have to land here."""
+    tiny_base("llama")  # made once a run, in a temporary folder of its own
     spool = tmp_path / "spool"
     spool.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(spool))
@@ -178,7 +180,42 @@ def test_size_limit(harness: Harness, client: TestClient) -> None:
     assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
     body, headers = multipart(("adapter_model", b"x" * 3_000_000))
     assert client.post(PATH, content=iter([body]), headers=headers).status_code == 413
+    body, headers = multipart(("adapter_config", b"{}"), ("adapter_model", b"x" * 100_001))
+    reply = client.post(PATH, content=body, headers=headers)
+    assert reply.status_code == 413 and "adapter_model" in reply.json()["detail"], "framing has room of its own"
     assert not harness.registry.tasks()
+
+
+def test_the_base_models_name_is_taken(harness: Harness, client: TestClient) -> None:
+    reply = client.post(f"/v1/tasks/{harness.base.info.name}/versions", files=files())
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "task"
+    assert not harness.registry.tasks()
+
+
+def test_uploading_again_mends_damaged_files(client: TestClient, tmp_path: Path) -> None:
+    assert client.post(PATH, files=files()).status_code == 201
+    (tensors,) = tmp_path.rglob("versions/1/adapter_model.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")
+    task = PATH.split("/")[3]
+    assert client.post("/v1/generate", json={"task": task, "input": "a"}).status_code == 503
+    again = client.post(PATH, files=files())
+    assert again.status_code == 201 and again.json()["version"] == 2 and again.json()["aliases"] == ["latest"]
+    assert client.post("/v1/generate", json={"task": task, "input": "a"}).json()["version"] == 2
+
+
+def test_a_content_type_from_hell_is_a_415(client: TestClient) -> None:
+    hostile = {"content-type": "application/json; charset*" + "9" * 5_000 + "=x"}
+    reply = client.post("/v1/generate", content=b"{}", headers=hostile)
+    assert reply.status_code in (400, 415)
+    reply = client.post("/v1/generate", content=b"{}", headers={"content-type": "application/json; charset=utf-16"})
+    assert reply.status_code == 415
+
+
+@pytest.mark.parametrize("top_k", [2**31, 10**19])
+def test_defaults_have_the_limits_of_requests(client: TestClient, top_k: int) -> None:
+    manifest = json.dumps({"defaults": {"top_k": top_k}}).encode()
+    reply = client.post(PATH, files=files() | {"manifest": manifest})
+    assert reply.status_code == 422 and reply.json()["error"]["code"] == "invalid_manifest"
 
 
 @pytest.mark.parametrize(
