@@ -7,6 +7,7 @@ import os
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,11 @@ from app.base_model import BaseModel, fetch_base_model, load_base_model
 from app.config import PREFIX, Settings
 from app.errors import InvalidBaseModel
 from app.model_source import DEFAULT_MODEL
+
+# The same examples in every run: a red one is about the change. `--hypothesis-profile=random` explores.
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.load_profile("default")
 
 _CACHE_DIR = Settings.load().cache_dir
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from app.errors import InvalidRequest
 from app.text import REPLACEMENT, Detokenizer, StopStrings, Template
+from tests.stop_oracle import cut_at_stop
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 BYTE_LEVEL = tiny_tokenizer()
@@ -90,15 +91,6 @@ def test_a_decode_sees_a_short_window_only() -> None:
 
 
 STOPS = st.lists(st.text(alphabet="abc€", min_size=1, max_size=4), max_size=4)
-
-
-def cut_at_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """By definition: read character by character; the stop that is whole first wins, the longest of those."""
-    for end in range(1, len(text) + 1):
-        if whole := [stop for stop in stops if text[:end].endswith(stop)]:
-            longest = max(whole, key=len)
-            return text[: end - len(longest)], longest
-    return text, None
 
 
 @settings(max_examples=1_000, deadline=None)
