@@ -16,6 +16,8 @@ from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.soft_prompt import BaseInfo, SoftPrompt
 
+TOLERANCE = 1e-3
+
 
 class Harness:
     def __init__(
@@ -79,6 +81,20 @@ class Harness:
             if token.id is not None:
                 ids.append(token.id)
         return ids
+
+    def assert_equals(self, name: int, token_ids: list[int], expected: torch.Tensor) -> None:
+        """Logits within the tolerance, and greedy tokens equal wherever the two best logits differ by more.
+
+        `expected` [text + new tokens, vocab_size] are the oracle's logits for `token_ids` and what was generated.
+        """
+        generated = self.ids(name)
+        assert generated and len(expected) == len(token_ids) + len(generated)
+        for step, token in enumerate(generated):
+            ours, theirs = self.logits[name][step], expected[len(token_ids) - 1 + step]
+            assert (ours - theirs).abs().max() < TOLERANCE, f"row {name}, step {step}"
+            best = theirs.topk(2)
+            if best.values[0] - best.values[1] > TOLERANCE:
+                assert token == best.indices[0], f"row {name}, step {step}"
 
     def assert_clean(self) -> None:
         """Nothing but idle prefixes holds blocks."""

@@ -20,20 +20,7 @@ from tests.peft_oracle import (
 )
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_info, tiny_model
 
-TOLERANCE = 1e-3
 NEW_TOKENS = 6
-
-
-def assert_equals_oracle(harness: Harness, name: int, token_ids: list[int], expected: torch.Tensor) -> None:
-    """`expected` [text + new tokens, vocab] are the oracle's logits for the text and what was generated."""
-    generated = harness.ids(name)
-    assert len(generated) == NEW_TOKENS
-    for step, token in enumerate(generated):
-        ours, theirs = harness.logits[name][step], expected[len(token_ids) - 1 + step]
-        assert (ours - theirs).abs().max() < TOLERANCE, f"row {name}, step {step}"
-        best = theirs.topk(2)
-        if best.values[0] - best.values[1] > TOLERANCE:
-            assert token == best.indices[0], f"row {name}, step {step}"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -63,7 +50,7 @@ def test_mixed_batch_equals_peft_alone(
         folder = None if chosen is None else folders[chosen]
         text = token_ids + harness.ids(name)
         expected = oracle_logits(model, folder, text, task_id(peft_type, chosen or 0))
-        assert_equals_oracle(harness, name, token_ids, expected)
+        harness.assert_equals(name, token_ids, expected)
     harness.assert_clean()
 
 
@@ -81,7 +68,7 @@ def test_all_types_share_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     harness.run()
     for name, (peft_type, folder, token_ids) in enumerate(rows):
         expected = oracle_logits(model, folder, token_ids + harness.ids(name), task_id(peft_type or "", 1))
-        assert_equals_oracle(harness, name, token_ids, expected)
+        harness.assert_equals(name, token_ids, expected)
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT, right at batch 1
