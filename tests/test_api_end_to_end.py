@@ -22,6 +22,8 @@ from app.config import Settings
 from app.engine.local import LocalEngine
 from app.main import create_app
 from app.registry import Registry, Store
+from app.text import Template
+from app.train import Recipe, Row, train
 from tests.api_harness import events, wait_until
 from tests.peft_oracle import oracle_generate, oracle_logits, save_adapter
 from tests.tiny import save_tiny, tiny_base
@@ -166,3 +168,24 @@ def ask(port: int, method: str, path: str, body: dict[str, Any] | None = None) -
         return reply.status, json.loads(reply.read())
     finally:
         connection.close()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_no_byte_of_the_base_changes_under_uploading_serving_and_training(
+    client: TestClient, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in BASE.model.state_dict().items()}
+    for how, folder in folders.items():
+        files = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
+        parts = {part: (folder / name).read_bytes() for part, name in files.items()}
+        assert client.post(f"/v1/tasks/frozen-{how}/versions", files=parts).status_code == 201
+        body = {"task": f"frozen-{how}", "input": TEXTS}
+        assert client.post("/v1/generate", json=body | {"max_tokens": 4}).status_code == 200
+        assert client.post("/v1/classify", json=body | {"labels": ["yes", "no"]}).status_code == 200
+    rows = [Row("a", "yes"), Row("b", "no")]
+    recipe = Recipe(num_virtual_tokens=3, max_steps=2, warmup_steps=0, batch_size=2)
+    train(BASE.model, BASE.tokenizer, rows, rows, Template("{input}:"), recipe, tmp_path, base_name="tiny")
+    after = BASE.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any(parameter.requires_grad for parameter in BASE.model.parameters())
