@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model run test check format train docker-check ci clean
+.PHONY: help setup model run test test-long check format train bench gpu-check docker-check ci clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ run: setup ## Serve on http://127.0.0.1:8000 (settings: PORT, SOFTPROMPT_*)
 test: setup model ## Run the tests
 	$(BIN)/python -m pytest
 
+test-long: setup model ## Run what takes minutes to hours: long random mixes
+	$(BIN)/python -m pytest -m long
+
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +42,9 @@ format: setup ## Format the code
 train: setup ## Example: train a soft prompt and publish it as the task mood
 	$(BIN)/softprompt train mood --data examples/data/sentiment_mixed --classify \
 		--template '{input}\nSentiment:' --init-text 'Is the sentiment of the text negative or positive?'
+
+gpu-check: ## Check the CUDA path against transformers and time it (a GPU, torch, transformers and safetensors are enough)
+	$(PYTHON) scripts/gpu_check.py
 
 docker-check: ## Run the Dockerfile's steps without Docker and ask the server one question
 	$(PYTHON) scripts/docker_check.py

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.engine import FinishReason, Generation, Token
+from app.engine import FinishReason, Generation, Logprob, Token
 from app.errors import EngineFailed
 from app.text import Detokenizer, StopStrings, Template
 
@@ -15,18 +15,26 @@ from app.text import Detokenizer, StopStrings, Template
 class Piece:
     text: str
     finish_reason: FinishReason | None  # on the last piece, and only there
+    logprobs: tuple[Logprob, ...] = ()  # of the tokens since the last piece, where they were asked for
 
 
 class Answer:
     """The answer to one input. Its pieces make the same text whoever reads them, a stream or a plain reply."""
 
-    def __init__(self, generation: Generation, tokenizer: Any, template: Template, stop: Sequence[str]) -> None:
+    def __init__(
+        self, generation: Generation, tokenizer: Any, template: Template, stop: Sequence[str], *, min_tokens: int = 0
+    ) -> None:
+        """Stop strings are looked for in the text behind the first `min_tokens` tokens."""
         self._generation = generation
         self._detokenizer = Detokenizer(tokenizer)
         self._template = template
         self._stops = StopStrings(stop)
+        self._min_tokens = min_tokens
         self._at_start = True
+        self._logprobs: list[Logprob] = []  # of tokens whose text is held back
         self.num_tokens = 0  # generated so far; a stop token is not one of the answer's
+        self.num_cached_tokens = 0  # of the prompt text, known from the first token on
+        self.prompt_logprobs: tuple[Logprob | None, ...] | None = None
 
     async def read(self, deliver: Callable[[Piece], Awaitable[None]]) -> None:
         """Deliver every piece. A stop string ends the generation at once."""
@@ -34,6 +42,7 @@ class Answer:
             async for token in self._generation:
                 piece = self._push(token)
                 if piece.text or piece.finish_reason:
+                    self._logprobs.clear()
                     await deliver(piece)
                 if piece.finish_reason:
                     return
@@ -49,7 +58,8 @@ class Answer:
             pieces.append(piece)
 
         await self.read(keep)
-        return Piece("".join(piece.text for piece in pieces), pieces[-1].finish_reason)
+        logprobs = tuple(logprob for piece in pieces for logprob in piece.logprobs)
+        return Piece("".join(piece.text for piece in pieces), pieces[-1].finish_reason, logprobs)
 
     async def aclose(self) -> None:
         """End the generation if it has not ended. Idempotent."""
@@ -57,17 +67,24 @@ class Answer:
 
     def _push(self, token: Token) -> Piece:
         text = ""
+        self.num_cached_tokens += token.num_cached_tokens
+        if token.prompt_logprobs is not None:
+            self.prompt_logprobs = token.prompt_logprobs
         if token.id is not None:
             self.num_tokens += 1
             text = self._detokenizer.push([token.id])
+            if token.logprob is not None:
+                self._logprobs.append(token.logprob)
         if token.finish_reason:
             text += self._detokenizer.flush()
-        text = self._stops.push(self._strip(text))
+        text = self._strip(text)
+        if self.num_tokens > self._min_tokens:
+            text = self._stops.push(text)
         if self._stops.matched is not None:
-            return Piece(text, "stop")
+            return Piece(text, "stop", tuple(self._logprobs))
         if token.finish_reason:
             text += self._stops.flush()
-        return Piece(text, token.finish_reason)
+        return Piece(text, token.finish_reason, tuple(self._logprobs))
 
     def _strip(self, text: str) -> str:
         """Without the template's separator, which stands at the very start or nowhere."""

@@ -16,6 +16,7 @@ from app.base_model import BaseModel
 from app.config import Settings
 from app.engine.local import LocalEngine
 from app.errors import TrainingFailed
+from app.local_engine import local_engine
 from app.registry import Published, Registry, Store
 from app.registry.reference import check_alias_name, check_task_name
 from app.text import Template
@@ -114,13 +115,7 @@ def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainRepo
 
 @contextmanager
 def _engine(settings: Settings, base: BaseModel) -> Iterator[LocalEngine]:
-    engine = LocalEngine(
-        base.model,
-        base.info,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_cache_tokens=settings.kv_cache_tokens,
-    )
+    engine = local_engine(settings, base)
     engine.start()
     try:
         yield engine

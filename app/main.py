@@ -24,8 +24,9 @@ from app.api.schemas import Problem
 from app.api.server import Server, bind
 from app.base_model import BaseModel, load_base_model
 from app.config import Settings
+from app.constraint import ConstraintCompiler
 from app.engine import Engine
-from app.engine.local import LocalEngine
+from app.local_engine import local_engine
 from app.registry import Registry, Store
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
     `app.state.readiness` lets the server that runs it announce that it drains.
     """
     readiness = Readiness(engine)
-    state = State(settings, engine, registry, base, readiness, started_at=int(time.time()))
+    constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
+    state = State(settings, engine, registry, base, readiness, constraints, started_at=int(time.time()))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
@@ -104,14 +106,7 @@ def serve(settings: Settings) -> None:
         max_model_len=settings.max_model_len,
     )
     registry = Registry(Store(settings.registry), base.info)
-    engine = LocalEngine(
-        base.model,
-        base.info,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_waiting=settings.max_waiting,
-        kv_cache_tokens=settings.kv_cache_tokens,
-    )
+    engine = local_engine(settings, base)
     engine.start()
     app = create_app(settings, engine, registry, base)
     greeting = f"(base {base.info.name}, {len(registry.tasks())} tasks)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,13 +11,55 @@ import torch
 from app.engine import SamplingParams, Token, model_runner
 from app.engine.block_manager import BlockManager
 from app.engine.core import EngineCore
+from app.engine.decoder import FusedDecoder
+from app.engine.forward import Forward
+from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache
 from app.engine.model_runner import ModelRunner
+from app.engine.native.decoder import NativeDecoder
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
+from app.engine.transformers_forward import TransformersForward
+from app.engine.weights import decoder_weights
+
+# LATER
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 TOLERANCE = 1e-3
+BACKENDS = ("transformers", "fused", "native")
+
+
+def make_forward(backend: str, model: Any, info: BaseInfo, cache: KVCache) -> Forward:
+    if backend == "transformers":
+        return TransformersForward(model, cache)
+    weights = decoder_weights(model, info.max_model_len)
+    assert weights is not None, f"no fused decoder for {info.architecture}"
+    if backend == "fused":
+        return FusedDecoder(model, weights, cache)
+    return NativeDecoder(weights, cache, quantization=None, num_threads=1)
+
+
+Answer = tuple[list[Token | Exception], list[torch.Tensor]]  # tokens, and the logits behind each
+
+
+def assert_same_logits(ours: Answer, theirs: Answer, *, exact: bool) -> None:
+    """To the bit, or within 1e-4 with tokens equal up to where the two best logits differ by less."""
+    if exact:
+        assert [without_cache(token) for token in ours[0]] == [without_cache(token) for token in theirs[0]]
+        assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+        return
+    for token, expected, logits, expected_logits in zip(*ours[:1], *theirs[:1], *ours[1:], *theirs[1:], strict=True):
+        assert isinstance(token, Token) and isinstance(expected, Token)
+        assert (logits - expected_logits).abs().max() < 1e-4
+        if token.id != expected.id:
+            best = expected_logits.topk(2).values
+            assert best[0] - best[1] < 1e-4
+            return
+
+
+def without_cache(token: Token | Exception) -> Token | Exception:
+    """What it found in the cache is the one thing that may depend on the others."""
+    return dataclasses.replace(token, num_cached_tokens=0) if isinstance(token, Token) else token
 
 
 class Harness:
@@ -30,11 +73,14 @@ class Harness:
         block_size: int = 16,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 64,
+        host_cache_bytes: int = 2**20,
+        backend: str = "transformers",
     ) -> None:
         cache = KVCache(info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device)
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
-        self.core = EngineCore(self.blocks, self.scheduler, ModelRunner(model, info, cache))
+        forward = make_forward(backend, model, info, cache)
+        self.core = EngineCore(self.blocks, self.scheduler, ModelRunner(forward, cache, HostCache(host_cache_bytes)))
         self.tokens: dict[int, list[Token | Exception]] = {}
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.released: list[int] = []
@@ -42,30 +88,39 @@ class Harness:
         self._by_params: dict[int, tuple[int, SamplingParams]] = {}  # kept, so that no id is used twice
         original = model_runner.sample
 
-        def recording(logits: torch.Tensor, params: Any, draws: Any) -> list[int | None]:
-            for row, p in zip(logits, params, strict=True):
-                if id(p) in self._by_params:  # else another harness in the same test
-                    self.logits[self._by_params[id(p)][0]].append(row.clone())
-            return original(logits, params, draws)
+        def recording(logits: torch.Tensor, rows: Any) -> Any:
+            for found, row in zip(logits, rows, strict=True):
+                if id(row.params) in self._by_params:  # else another harness in the same test
+                    self.logits[self._by_params[id(row.params)][0]].append(found.clone())
+            return original(logits, rows)
 
         monkeypatch.setattr(model_runner, "sample", recording)
 
-    def add(self, prompt: SoftPrompt | None, token_ids: list[int], **params: Any) -> GenerationSequence:
+    def add(
+        self, prompt: SoftPrompt | None, token_ids: list[int], *, salt: str = "", **params: Any
+    ) -> GenerationSequence:
         name = len(self.tokens)
         self.tokens[name], self.logits[name] = [], []
         sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 8} | params))
         self._by_params[id(sampling)] = (name, sampling)
-        sequence = GenerationSequence(list(token_ids), prompt, params=sampling, emit=self.tokens[name].append)
+        sequence = GenerationSequence(list(token_ids), prompt, salt, params=sampling, emit=self.tokens[name].append)
         self.core.add(sequence, lambda: self.released.append(name))
         return sequence
 
-    def score(self, prompt: SoftPrompt | None, token_ids: list[int], continuations: list[list[int]]) -> list[Any]:
+    def score(
+        self, prompt: SoftPrompt | None, token_ids: list[int], continuations: list[list[int]], *, salt: str = ""
+    ) -> list[Any]:
         """The list gets the result."""
         results: list[Any] = []
         score = Score(f"score:{id(results)}", prompt, continuations, results.append)
-        self.contexts.append(ContextSequence(list(token_ids), prompt, score=score))
+        self.contexts.append(ContextSequence(list(token_ids), prompt, salt, score=score))
         self.core.add(self.contexts[-1], lambda: None)
         return results
+
+    def load(self, prompt: SoftPrompt) -> None:
+        """As `LocalEngine.load` does, without waiting."""
+        sequence = GenerationSequence([0], prompt, params=SamplingParams(max_tokens=1, temperature=0))
+        self.core.add(sequence, lambda: None)
 
     def run(self, max_steps: int = 2_000) -> None:
         for _ in range(max_steps):

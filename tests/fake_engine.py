@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from app.engine import EngineStats, FinishReason, SamplingParams, Token
+from app.engine import Constraint, EngineStats, FinishReason, Logprob, SamplingParams, Token
 from app.errors import NotReady
 from app.soft_prompt import SoftPrompt
 
@@ -20,6 +20,8 @@ class Call:
     params: SamplingParams = SamplingParams()
     continuations: list[list[int]] = field(default_factory=list)
     endless: bool = False
+    constraint: Constraint | None = None
+    salt: str = ""
     taken: int = 0  # tokens that were read
     closed: bool = False
     releases: int = 0
@@ -43,7 +45,7 @@ class FakeGeneration(AsyncIterator[Token]):
         if engine.fail_after is not None and call.taken >= engine.fail_after[0]:
             self._end()
             raise engine.fail_after[1]
-        script = engine.answer
+        script = engine.answers.get(call.prompt.digest if call.prompt else "", engine.answer)
         position = call.taken % len(script) if call.endless else call.taken
         call.taken += 1
         finish: FinishReason | None = None
@@ -53,7 +55,15 @@ class FakeGeneration(AsyncIterator[Token]):
             finish = "length"
         if finish:
             self._end()
-        return Token(None if finish == "stop" else script[position], finish)
+        first = call.taken == 1
+        logprobs: tuple[Logprob | None, ...] | None = None
+        if first and call.params.prompt_logprobs is not None:
+            logprobs = (None, *(Logprob(token_id, -0.25) for token_id in call.token_ids[1:]))
+        if finish == "stop":
+            return Token(None, finish, None, engine.num_cached_tokens * first, logprobs)
+        chosen = script[position]
+        logprob = None if call.params.logprobs is None else Logprob(chosen, -0.5, ((chosen, -0.5), (5, -1.5)))
+        return Token(chosen, finish, logprob, engine.num_cached_tokens * first, logprobs)
 
     async def aclose(self) -> None:
         if not self._ended:
@@ -70,14 +80,18 @@ class FakeEngine:
 
     def __init__(self, answer: Sequence[int]) -> None:
         self.answer = list(answer)  # token ids of every answer, then a stop token
+        self.answers: dict[str, list[int]] = {}  # of some prompts, by digest
+        self.num_cached_tokens = 0
         self.delay = 0.0  # seconds before each token and each score
         self.endless = False
         self.fail_after: tuple[int, Exception] | None = None
         self.refuse: tuple[int, Exception] | None = None  # from which call on
         self.load_error: Exception | None = None
         self.max_model_len = 512
+        self.backend = "nothing"
         self.seconds_since_progress = 0.0
         self.logprobs: Callable[[list[int]], list[float]] = lambda tokens: [-0.5] * len(tokens)
+        self.scale: Callable[[Call], float] = lambda call: 1.0  # of those, by prompt or text
         self.calls: list[Call] = []
         self.loaded: list[str] = []
         self.unloaded: list[str] = []
@@ -94,9 +108,11 @@ class FakeEngine:
         token_ids: Sequence[int],
         params: SamplingParams,
         *,
+        constraint: Constraint | None = None,
+        salt: str = "",
         on_release: Callable[[], None] | None = None,
     ) -> FakeGeneration:
-        call = Call(prompt, list(token_ids), params, endless=self.endless)
+        call = Call(prompt, list(token_ids), params, endless=self.endless, constraint=constraint, salt=salt)
         self._admit(call)
         return FakeGeneration(self, call, on_release)
 
@@ -106,15 +122,17 @@ class FakeEngine:
         token_ids: Sequence[int],
         continuations: Sequence[Sequence[int]],
         *,
+        salt: str = "",
         on_release: Callable[[], None] | None = None,
     ) -> list[list[float]]:
-        call = Call(prompt, list(token_ids), continuations=[list(tokens) for tokens in continuations])
+        call = Call(prompt, list(token_ids), salt=salt, continuations=[list(tokens) for tokens in continuations])
         self._admit(call)
         try:
             await asyncio.sleep(self.delay)
             if self.fail_after is not None:
                 raise self.fail_after[1]
-            return [self.logprobs(tokens) for tokens in call.continuations]
+            scale = self.scale(call)
+            return [[scale * logprob for logprob in self.logprobs(tokens)] for tokens in call.continuations]
         except asyncio.CancelledError:
             call.closed = True
             raise
@@ -138,8 +156,12 @@ class FakeEngine:
             prefixes=len(self.loaded),
             prefix_loads=len(self.loaded),
             prefix_evictions=0,
+            prefixes_in_host_memory=0,
+            host_bytes=0,
             preemptions=0,
             steps=0,
+            ready=not self.stopped,
+            restarts=0,
             seconds_since_progress=self.seconds_since_progress,
         )
 

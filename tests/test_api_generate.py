@@ -108,14 +108,16 @@ def test_request_over_version_over_ours(harness: Harness, client: TestClient) ->
     asked = {"max_tokens": 7, "temperature": 0.9, "top_p": 0.4, "top_k": 9, "seed": -5}
     expected = {
         ("bare", False): SamplingParams(max_tokens=128, temperature=0.0, stop_token_ids=eos),
-        ("tuned", False): SamplingParams(5, 0.5, 0.8, 3, stop_token_ids=eos),
-        ("tuned", True): SamplingParams(7, 0.9, 0.4, 9, -5, eos),
+        ("tuned", False): SamplingParams(max_tokens=5, temperature=0.5, top_p=0.8, top_k=3, stop_token_ids=eos),
+        ("tuned", True): SamplingParams(max_tokens=7, temperature=0.9, top_p=0.4, top_k=9, seed=-5, stop_token_ids=eos),
     }
     for (task, ask), params in expected.items():
         generate(client, task=task, input="x", **(asked if ask else {}))
         assert harness.engine.calls[-1].params == params
     generate(client, task="tuned", input="x", temperature=0.0, top_k=0)
-    assert harness.engine.calls[-1].params == SamplingParams(5, 0.0, 0.8, 0, stop_token_ids=eos)
+    assert harness.engine.calls[-1].params == SamplingParams(
+        max_tokens=5, temperature=0.0, top_p=0.8, top_k=0, stop_token_ids=eos
+    )
 
 
 def test_raw_means_no_template_and_no_defaults(harness: Harness, client: TestClient) -> None:

@@ -1,11 +1,13 @@
-"""Random mixes of generations, scores, loads, unloads and aborts in a small cache: nobody waits for ever, nobody pays.
+"""Random mixes of generations, scores, loads, replaces and aborts in a small cache: nobody waits for ever, nobody pays.
 
-Every answer is compared with the same request alone in a roomy engine.
+Every answer is compared with the same request alone in a roomy engine: the native decoder's to the bit.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,12 +16,22 @@ import torch
 from app.engine.sequence import ContextSequence, GenerationSequence
 from app.errors import NumericalError
 from app.soft_prompt import SoftPrompt
-from tests.core_harness import Harness
+from tests.core_harness import Harness, assert_same_logits
 from tests.tiny import tiny_info, tiny_model
 
 MODEL = tiny_model("llama")
 INFO = tiny_info(MODEL)
-CONTEXTS = ([7] * 8, [1, 2, 3], [9] * 17)
+CONTEXTS = ([7] * 8, [1, 2, 3], [9] * 17, [7] * 7 + [8], list(range(30)))
+SALTS = ("", "tenant")
+# How a generation chooses: greedily, or by a seed, with and without what looks at other tokens.
+CHOICES: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "seed": 2, "top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 1.2, "seed": 3, "top_k": 7, "min_p": 0.05, "logit_bias": {5: 3.0}},
+    {"logprobs": 2, "prompt_logprobs": 1},
+)
 
 
 def prompts(count: int) -> list[SoftPrompt]:
@@ -30,61 +42,87 @@ def prompts(count: int) -> list[SoftPrompt]:
     ]
 
 
-PROMPTS: list[SoftPrompt | None] = [*prompts(4), None]
+KEYS_AND_VALUES = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(1))
+PROMPTS: list[SoftPrompt | None] = [*prompts(4), SoftPrompt("kv", KEYS_AND_VALUES, digest="sha256:kv"), None]
 POISON = SoftPrompt("kv", torch.full((3, 2, 2, 5, 8), 3e38), digest="sha256:poison")
+BROKEN = SoftPrompt("embedding", torch.full((5, 32), float("nan")), digest="sha256:broken")
 
 
-def alone(kind: str, prompt: SoftPrompt | None, text: list[int], extra: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    with monkeypatch.context() as patch:
-        harness = Harness(MODEL, INFO, patch)
-        if kind == "score":
-            results = harness.score(prompt, text, extra)
-            harness.run()
-            return results[0]
-        harness.add(prompt, text, max_tokens=extra)
+@dataclass(frozen=True)
+class Request:
+    """What was asked; the answer alone depends on this and nothing else."""
+
+    prompt: int  # of PROMPTS
+    text: int  # of CONTEXTS
+    max_tokens: int = 0
+    choice: int = 0  # of CHOICES
+    continuations: tuple[tuple[int, ...], ...] = ()
+
+    def start(self, harness: Harness, salt: str = "") -> Any:
+        """A score's list of results, or a generation's name."""
+        prompt, text = PROMPTS[self.prompt], CONTEXTS[self.text]
+        if self.continuations:
+            return harness.score(prompt, text, [list(tokens) for tokens in self.continuations], salt=salt)
+        name = len(harness.tokens)
+        harness.add(prompt, text, salt=salt, max_tokens=self.max_tokens, **CHOICES[self.choice])
+        return name
+
+
+@cache
+def alone(request: Request, backend: str) -> Any:
+    """Log-probabilities, or tokens and the logits behind each."""
+    with pytest.MonkeyPatch.context() as patch:
+        harness = Harness(MODEL, INFO, patch, backend=backend)
+        started = request.start(harness)
         harness.run()
-        return harness.ids(0)
+        if request.continuations:
+            return started[0]
+        return harness.tokens[started], harness.logits[started]
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_every_answer_is_what_it_would_be_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(seed)
+def run_mix(seed: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One mix; the number of sequences it compared."""
+    rng = random.Random(f"{seed} {backend}")
     harness = Harness(
         MODEL,
         INFO,
         monkeypatch,
-        num_blocks=rng.randint(12, 20),
+        num_blocks=rng.randint(16, 30),
         block_size=4,
         max_num_seqs=8,
-        max_num_batched_tokens=24,
+        max_num_batched_tokens=rng.choice([12, 24, 64]),
+        host_cache_bytes=rng.choice([0, 10_000, 2**20]),
+        backend=backend,
     )
-    requests: list[tuple[str, SoftPrompt | None, list[int], Any, Any]] = []
-    poisoned, name = 0, 0
+    asked: list[tuple[Request, Any]] = []
+    poisoned = 0
     started: list[GenerationSequence | ContextSequence] = []  # to be aborted, perhaps
     for _ in range(14):
-        prompt, text = rng.choice(PROMPTS), rng.choice(CONTEXTS)
-        match rng.choice(["generate", "generate", "score", "score", "abort", "poison", "load", "unload"]):
+        number, text = rng.randrange(len(PROMPTS)), rng.randrange(len(CONTEXTS))
+        prompt, salt = PROMPTS[number], rng.choice(SALTS)
+        match rng.choice(["generate", "generate", "twins", "score", "score", "abort", "poison", "load", "unload"]):
             case "generate":
-                count = rng.randint(1, 8)
-                harness.add(prompt, text, max_tokens=count)
-                requests.append(("generate", prompt, text, count, name))
-                name += 1
+                request = Request(number, text, rng.randint(1, 8), rng.randrange(len(CHOICES)))
+                asked.append((request, request.start(harness, salt)))
+            case "twins":
+                request = Request(number, text, rng.randint(1, 8), rng.randrange(len(CHOICES)))
+                asked += [(request, request.start(harness, salt)) for _ in range(3)]
             case "score":
-                continuations = [[rng.randrange(128) for _ in range(rng.randint(1, 7))] for _ in range(3)]
-                requests.append(("score", prompt, text, continuations, harness.score(prompt, text, continuations)))
+                lengths = [rng.randint(1, 7) for _ in range(3)]
+                request = Request(
+                    number, text, continuations=tuple(tuple(rng.choices(range(128), k=length)) for length in lengths)
+                )
+                asked.append((request, request.start(harness, salt)))
             case "abort" if rng.random() < 0.5:
-                started.append(harness.add(prompt, text, max_tokens=8))
-                name += 1
+                started.append(harness.add(prompt, CONTEXTS[text], max_tokens=8))
             case "abort":
-                harness.score(prompt, text, [[1, 2, 3], [4, 5, 6, 7]])
+                harness.score(prompt, CONTEXTS[text], [[1, 2, 3], [4, 5, 6, 7]])
                 started.append(harness.contexts[-1])
             case "poison":
-                harness.add(POISON, text, max_tokens=4)
+                harness.add(rng.choice([POISON, BROKEN]), CONTEXTS[text], max_tokens=4)
                 poisoned += 1
-                name += 1
             case "load" if prompt is not None:
-                if harness.blocks.num_used_blocks < 4:
-                    harness.core.load(prompt)
+                harness.load(prompt)
             case "unload" if prompt is not None:
                 harness.core.unload(prompt.digest)
         for _ in range(rng.randint(0, 3)):
@@ -93,18 +131,45 @@ def test_every_answer_is_what_it_would_be_alone(seed: int, monkeypatch: pytest.M
         if started and rng.random() < 0.5:
             harness.core.abort(started.pop())
     harness.run()
-    for kind, prompt, text, extra, found in requests:
-        expected = alone(kind, prompt, text, extra, monkeypatch)
-        if kind == "score":
+    for request, found in asked:
+        expected = alone(request, backend)
+        if request.continuations:
             (logprobs,) = found
             for ours, theirs in zip(logprobs, expected, strict=True):
                 torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
         else:
-            assert harness.ids(found) == expected
+            same = (harness.tokens[found], harness.logits[found])
+            assert_same_logits(same, expected, exact=backend == "native")
     failures = [token for tokens in harness.tokens.values() for token in tokens if isinstance(token, NumericalError)]
     assert len(failures) == poisoned
-    assert len(harness.released) == name, "every generation releases its prompt"
+    assert sorted(harness.released) == sorted(harness.tokens), "every generation releases its prompt, once"
     harness.assert_clean()
+    return len(asked)
+
+
+# Together they compare more than 2,000 sequences: test_there_are_enough_of_them counts.
+MIXES = [("native", seed) for seed in range(190)] + [("fused", seed) for seed in range(12)]
+MIXES += [("transformers", seed) for seed in range(12)]
+COMPARED: list[int] = []
+
+
+@pytest.mark.parametrize(("backend", "seed"), MIXES)
+def test_every_answer_is_what_it_would_be_alone(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    COMPARED.append(run_mix(seed, backend, monkeypatch))
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(COMPARED) < len(MIXES) or sum(COMPARED) >= 2_000, sum(COMPARED)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3 * 3600)
+def test_the_same_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+    for seed in range(1_000, 21_000):
+        with monkeypatch.context() as patch:
+            compared += run_mix(seed, "native", patch)
+    assert compared > 200_000
 
 
 def test_two_scores_that_share_blocks_with_idle_prompts_do_not_wait_for_each_other(

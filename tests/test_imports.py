@@ -17,7 +17,7 @@ LAYERS = [
     {"text", "soft_prompt", "safetensors_header"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
-    {"registry", "answer"},
+    {"registry", "answer", "constraint", "local_engine"},
     {"train"},
     {"api"},
     {"main", "cli_train"},

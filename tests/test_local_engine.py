@@ -17,6 +17,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from app.engine import SamplingParams, Token
 from app.engine.local import LocalEngine
+from app.engine.sequence import PromptSequence
 from app.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -101,9 +102,9 @@ def start() -> Any:
 
 
 def step_hook(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, hook: Callable[[Any], None]) -> None:
-    """Call `hook(step)` before the model runs a step."""
+    """Call `hook(rows)` before the model runs them."""
     run = engine._core.runner.run
-    monkeypatch.setattr(engine._core.runner, "run", lambda step: (hook(step), run(step))[1])
+    monkeypatch.setattr(engine._core.runner, "run", lambda rows: (hook(rows), run(rows))[1])
 
 
 async def test_tokens_stream_and_end_with_a_reason(start: Any) -> None:
@@ -325,46 +326,205 @@ async def test_closing_wakes_a_waiting_reader(start: Any) -> None:
     await long.aclose()
 
 
-async def test_an_exception_in_a_step_fails_its_rows_and_the_engine_goes_on(
+async def test_an_exception_in_a_step_fails_the_row_that_causes_it_alone(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    releases = Releases()
-    expected = await collect(engine.generate(None, TEXT, greedy()))
-    fuse = [True]
+    expected = await collect(engine.generate(None, TEXT, greedy(30)))
+    warm = SamplingParams(max_tokens=30, temperature=1.0, seed=3)
+    drawn = await collect(engine.generate(None, TEXT, warm))
+    broken = [9, 9, 9]
 
-    def blow(step: Any) -> None:
-        if step.rows and fuse:
-            fuse.pop()
+    def blow(rows: Any) -> None:
+        if any(row.sequence.token_ids[:3] == broken for row in rows):
             raise RuntimeError("secret detail")
 
     step_hook(engine, monkeypatch, blow)
+    releases = Releases()
+    beside = [engine.generate(None, TEXT, params, on_release=releases) for params in (greedy(30), warm)]
     with pytest.raises(EngineFailed) as caught:
-        await collect(engine.generate(random_prompt(3), TEXT, greedy(), on_release=releases))
+        await collect(engine.generate(random_prompt(3), broken, greedy(), on_release=releases))
     assert "secret" not in caught.value.message
-    await releases.wait_for(1)
+    with pytest.raises(EngineFailed):
+        await engine.score(None, broken, [[1, 2]], on_release=releases)
+    assert [await collect(generation) for generation in beside] == [expected, drawn]
+    await releases.wait_for(4)
+
+
+async def test_a_prompt_whose_computation_fails_fails_its_requests_alone(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    expected = await collect(engine.generate(random_prompt(1), TEXT, greedy(30)))
+    bad = random_prompt(3)
+
+    def blow(rows: Any) -> None:
+        if any(isinstance(row.sequence, PromptSequence) and row.sequence.prompt is bad for row in rows):
+            raise RuntimeError("no")
+
+    step_hook(engine, monkeypatch, blow)
+    beside = engine.generate(random_prompt(1), TEXT, greedy(30))
+    failing = [asyncio.create_task(collect(engine.generate(bad, TEXT, greedy()))) for _ in range(3)]
+    failures = await asyncio.gather(*failing, return_exceptions=True)
+    assert [type(failure) for failure in failures] == [EngineFailed] * 3
+    assert await collect(beside) == expected
+    monkeypatch.undo()
+    assert len(await collect(engine.generate(bad, TEXT, greedy(5)))) == 5, "the next request tries again"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_out_of_memory_gives_up_what_is_idle_and_tries_once_more(
+    start: Any, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    engine = start()
+    await engine.load(random_prompt(1))
+    expected = await collect(engine.generate(None, TEXT, greedy()))
+    fuse = [True] * times
+
+    def blow(_: Any) -> None:
+        if fuse:
+            fuse.pop()
+            raise torch.OutOfMemoryError("no room")
+
+    step_hook(engine, monkeypatch, blow)
+    # The third try is the row's own.
+    assert await collect(engine.generate(None, TEXT, greedy())) == expected
+    assert engine.stats().prefixes == 0 and engine.stats().prefix_evictions == 1
+    fuse = [True] * 4
+    with pytest.raises(EngineFailed):
+        await collect(engine.generate(None, TEXT, greedy()))
     assert await collect(engine.generate(None, TEXT, greedy())) == expected
 
 
-async def test_a_dead_engine_thread_answers_everybody(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start()
-    releases = Releases()
-    generation = engine.generate(None, TEXT, greedy(400), on_release=releases)
-    await anext(generation)
+async def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + seconds
+        await asyncio.sleep(0.005)
+    return time.monotonic() - start
 
+
+def poison_schedule(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def die() -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(engine._core.scheduler, "schedule", die)
-    with pytest.raises(EngineFailed):
-        await collect(generation)
-    await releases.wait_for(1)
+
+
+async def test_a_dead_engine_answers_everybody_and_starts_again(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(restart_delay=0.3)
+    prompt = random_prompt(1)
+    expected = await collect(engine.generate(prompt, TEXT, greedy(30)))
+    for round in range(2):
+        releases = Releases()
+        running = [engine.generate(prompt, TEXT, greedy(400), on_release=releases) for _ in range(3)]
+        for generation in running:
+            await anext(generation)
+        scoring = asyncio.create_task(engine.score(None, TEXT, [[1, 2]] * 500, on_release=releases))
+        await asyncio.sleep(0)
+        poison_schedule(engine, monkeypatch)
+        assert await wait_until(lambda: not engine.stats().ready) < 1.0
+        results = await asyncio.gather(*map(collect, running), scoring, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineFailed] * 4
+        await releases.wait_for(4)
+        with pytest.raises(NotReady):
+            engine.generate(None, TEXT, greedy())
+        with pytest.raises(NotReady):
+            await engine.load(random_prompt(1))
+        await wait_until(lambda: engine.stats().ready)
+        assert engine.stats().restarts == round + 1
+        assert await collect(engine.generate(prompt, TEXT, greedy(30))) == expected
+
+
+async def test_an_engine_that_keeps_dying_stays_down(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(restart_delay=0.001)
+    for _ in range(6):
+        await wait_until(lambda: engine.stats().ready)
+        poison_schedule(engine, monkeypatch)
+        with pytest.raises(EngineFailed):
+            await collect(engine.generate(None, TEXT, greedy()))
+    await wait_until(lambda: not engine._thread.is_alive())
+    assert not engine.stats().ready and engine.stats().restarts == 5
     with pytest.raises(NotReady):
         engine.generate(None, TEXT, greedy())
-    with pytest.raises(NotReady):
-        await engine.load(random_prompt(1))
-    await asyncio.sleep(0.05)
-    assert engine.stats().seconds_since_progress > 0.04
+
+
+async def test_stopping_does_not_wait_for_a_restart(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(restart_delay=60)
+    poison_schedule(engine, monkeypatch)
+    with pytest.raises(EngineFailed):
+        await collect(engine.generate(None, TEXT, greedy()))
+    await asyncio.wait_for(asyncio.to_thread(engine.stop), timeout=2)
+
+
+async def test_a_constraint_that_fails_fails_its_row_alone(start: Any) -> None:
+    engine = start()
+    expected = await collect(engine.generate(None, TEXT, greedy(20)))
+
+    class Broken:
+        def mask(self) -> torch.Tensor:
+            return torch.full((VOCAB_SIZE // 32,), -1, dtype=torch.int32)
+
+        def accept(self, token_id: int) -> bool:
+            raise RuntimeError("a bug")
+
+    beside = engine.generate(None, TEXT, greedy(20))
+    with pytest.raises(EngineFailed):
+        await collect(engine.generate(None, TEXT, greedy(20), constraint=Broken()))
+    assert await collect(beside) == expected
+
+
+async def test_a_constraint_chooses_among_its_tokens_and_ends_the_answer(start: Any) -> None:
+    class Count:
+        """Allows one token more each time, and is complete after the third."""
+
+        def __init__(self) -> None:
+            self.accepted: list[int] = []
+
+        def mask(self) -> torch.Tensor:
+            words = torch.zeros(VOCAB_SIZE // 32, dtype=torch.int32)
+            words[1] = 1 << len(self.accepted)  # token 32, then 33, then 34
+            return words
+
+        def accept(self, token_id: int) -> bool:
+            self.accepted.append(token_id)
+            return len(self.accepted) == 3
+
+    tokens = [token async for token in start().generate(None, TEXT, greedy(20), constraint=Count())]
+    assert [token.id for token in tokens] == [32, 33, 34]
+    assert [token.finish_reason for token in tokens] == [None, None, "stop"]
+
+
+async def test_prompt_logprobs_and_an_answer_of_no_tokens(start: Any) -> None:
+    engine = start()
+    prompt = random_prompt(1, length=20)
+    text = [(7 * i) % VOCAB_SIZE for i in range(1, 60)]
+    expected = [(await engine.score(prompt, text[:i], [[text[i]]]))[0][0] for i in range(1, len(text))]
+    for max_tokens in (0, 3):  # the second time the text is in the cache, and is computed all the same
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, prompt_logprobs=2, logprobs=1)
+        tokens = [token async for token in engine.generate(prompt, text, params)]
+        assert [token.finish_reason for token in tokens] == [None] * (max_tokens - 1) + ["length"]
+        found = tokens[0].prompt_logprobs
+        assert found is not None and found[0] is None and [entry.id for entry in found[1:] if entry] == text[1:]
+        torch.testing.assert_close(
+            torch.tensor([entry.logprob for entry in found[1:] if entry]), torch.tensor(expected), atol=1e-4, rtol=0
+        )
+        assert all(entry is None or len(entry.top) == 2 for entry in found)
+        assert all(token.prompt_logprobs is None for token in tokens[1:])
+        assert all((token.logprob is None) == (token.id is None) for token in tokens)
+
+
+async def test_the_first_token_says_how_much_of_the_text_was_cached(start: Any) -> None:
+    engine = start()
+    prompt = random_prompt(1, length=20)
+
+    async def cached(salt: str = "") -> list[int]:
+        return [token.num_cached_tokens async for token in engine.generate(prompt, [5] * 50, greedy(3), salt=salt)]
+
+    assert await cached() == [0, 0, 0]
+    assert await cached() == [44, 0, 0], "blocks of 16 from position 20 on: 12 + 2 * 16 text tokens"
+    assert await cached("another tenant") == [0, 0, 0]
 
 
 async def test_stop_answers_what_is_in_flight(start: Any) -> None:

@@ -9,52 +9,86 @@ import pytest
 
 from app.engine import SamplingParams
 from app.engine.block_manager import BlockManager, Prefix
-from app.engine.scheduler import Scheduler
-from app.engine.sequence import GenerationSequence
+from app.engine.scheduler import Row, Scheduler, Step
+from app.engine.sequence import GenerationSequence, PromptSequence, Sequence
 
 
 @dataclass(eq=False)
 class FakePrompt:
     digest: str
     num_virtual_tokens: int
+    kind: str = "kv"  # copied in; "embedding" has to be computed
 
 
-def sequence(prompt: FakePrompt | None, num_tokens: int, max_tokens: int = 4) -> GenerationSequence:
-    return GenerationSequence([1] * num_tokens, prompt, params=SamplingParams(max_tokens=max_tokens))  # type: ignore[arg-type]
+def sequence(prompt: FakePrompt | None, num_tokens: int, max_tokens: int = 4, token: int = 1) -> GenerationSequence:
+    return GenerationSequence([token] * num_tokens, prompt, params=SamplingParams(max_tokens=max_tokens))  # type: ignore[arg-type]
+
+
+def run(scheduler: Scheduler, step: Step) -> list[Row]:
+    """What the core does with a step, without a model; the rows whose sequence may go on."""
+    for row in step.rows:
+        scheduler.computed(row)
+        if isinstance(row.sequence, PromptSequence) and row.end == row.sequence.num_tokens:
+            scheduler.loaded(next(p for p, load in scheduler.loading.items() if load is row.sequence))
+    return [row for row in step.rows if isinstance(row.sequence, GenerationSequence)]
+
+
+def tokens_in(sequence: Sequence, block: int, block_size: int) -> list[int | str]:
+    """What the positions of a block stand for: the virtual tokens' digest, or text."""
+    start = sequence.block_table.index(block) * block_size
+    digest = sequence.prompt.digest if sequence.prompt else ""
+    return [*[digest] * sequence.num_virtual_tokens, *sequence.token_ids][start : start + block_size]
 
 
 def check(scheduler: Scheduler) -> None:
-    """Every reference is accounted for, and no two owners write the same block."""
+    """Every reference is accounted for, and nobody writes where others read."""
     blocks = scheduler.blocks
     expected = [0] * blocks.num_blocks
-    for prefix in blocks._prefixes.values():
+    dropped = {row.prefix for row in scheduler.running if row.prefix and not row.prefix.resident}
+    dropped |= {prefix for prefix in scheduler.loading if not prefix.resident}
+    for prefix in [*blocks._prefixes.values(), *dropped]:
         for block in prefix.block_table:
             expected[block] += 1
-    writable: set[int] = set()
+    readers: dict[int, list[Sequence]] = {}
     for row in scheduler.running:
         for block in row.block_table:
             expected[block] += 1
-        shared = row.prefix.num_tokens // blocks.block_size if row.prefix else 0
-        own = set(row.block_table[shared:])
-        assert not own & writable
-        writable |= own
-        if row.prefix and row.prefix.resident:
+            readers.setdefault(block, []).append(row)
+        if row.prefix:
+            shared = row.prefix.num_tokens // blocks.block_size
             assert row.block_table[:shared] == row.prefix.block_table[:shared]
-            assert not own & set(row.prefix.block_table)
+            assert not set(row.block_table[shared:]) & set(row.prefix.block_table)
+    for block, rows in readers.items():
+        texts = [tokens_in(row, block, blocks.block_size) for row in rows]
+        assert all(text == texts[0] for text in texts), "one block stands for two texts"
+        if len(rows) > 1:
+            ends = [(row.block_table.index(block) + 1) * blocks.block_size for row in rows]
+            assert all(
+                row.num_computed_tokens >= end or not self_written(row, block)
+                for row, end in zip(rows, ends, strict=True)
+            )
     assert expected == blocks._references
     assert expected[0] == 0
     assert sorted(blocks._free) == [i for i in range(1, blocks.num_blocks) if expected[i] == 0]
+    assert {block: name for name, block in blocks._named.items()} == blocks._names
+
+
+def self_written(row: Sequence, block: int) -> bool:
+    """Whether the sequence still has to write this block: not if it is the prefix's."""
+    return row.prefix is None or block not in row.prefix.block_table
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_keeps_the_books_and_ends(seed: int) -> None:
     rng = random.Random(seed)
     block_size = rng.choice([1, 4, 16])
-    scheduler = Scheduler(BlockManager(rng.randint(12, 40), block_size), rng.randint(1, 8), rng.randint(8, 40))
-    prompts = [FakePrompt(f"sha256:{i}", rng.randint(1, 3 * block_size)) for i in range(5)]
+    scheduler = Scheduler(BlockManager(rng.randint(12, 40), block_size), rng.randint(1, 8), rng.randint(9, 40))
+    kinds = ("kv", "embedding")
+    prompts = [FakePrompt(f"sha256:{i}", rng.randint(1, 3 * block_size), kinds[i % 2]) for i in range(5)]
     todo = []
     for _ in range(30):
-        new = sequence(rng.choice([None, *prompts]), rng.randint(1, 4 * block_size), rng.randint(1, 2 * block_size))
+        length, new_tokens = rng.randint(1, 4 * block_size), rng.randint(1, 2 * block_size)
+        new = sequence(rng.choice([None, *prompts]), length, new_tokens, token=rng.choice([1, 2]))
         if scheduler.blocks.fits_alone(new.num_virtual_tokens, new.num_tokens + new.params.max_tokens):
             todo.append(new)
     assert len(todo) > 5
@@ -68,19 +102,22 @@ def test_random_traffic_keeps_the_books_and_ends(seed: int) -> None:
         step = scheduler.schedule()
         check(scheduler)
         assert sum(row.num_tokens for row in step.rows) <= scheduler.max_num_batched_tokens
-        assert {row.sequence for row in step.rows} == set(scheduler.running), "a running row got no token"
-        assert len({row.sequence for row in step.rows}) == len(step.rows)
+        ready = {row for row in scheduler.running if row.prefix is None or row.prefix.ready}
+        rows = {row.sequence for row in step.rows}
+        assert rows - set(scheduler.loading.values()) == ready, "a running row got no token"
+        assert len(rows) == len(step.rows)
         assert bool(step.rows) == scheduler.has_work
         for row in step.rows:
             assert row.start == row.sequence.num_computed_tokens < row.end <= row.sequence.num_tokens
             assert len(row.sequence.block_table) * block_size >= row.end
-            row.sequence.num_computed_tokens = row.end
-            if row.num_logits and row.sequence.append(7):  # type: ignore[attr-defined]
+        for row in run(scheduler, step):
+            if (row.num_logits and row.sequence.append(7, None)) or rng.random() < 0.02:  # type: ignore[attr-defined]
                 scheduler.remove(row.sequence)
                 finished += 1
-            elif rng.random() < 0.02:  # aborted
-                scheduler.remove(row.sequence)
-                finished += 1
+        if prompts and rng.random() < 0.02:  # replaced
+            prefix = scheduler.blocks.prefix(rng.choice(prompts).digest)
+            if prefix is not None:
+                scheduler.blocks.drop(prefix)
         check(scheduler)
     assert finished == total
 
@@ -88,7 +125,7 @@ def test_random_traffic_keeps_the_books_and_ends(seed: int) -> None:
 def test_a_prefix_is_held_once_and_its_partial_block_copied() -> None:
     scheduler = Scheduler(BlockManager(20, 4), 8, 64)
     prompt = FakePrompt("sha256:a", 6)  # one full block, half of another
-    rows = [sequence(prompt, 3) for _ in range(3)]
+    rows = [sequence(prompt, 3, token=i) for i in range(3)]
     for row in rows:
         scheduler.add(row)
     step = scheduler.schedule()
@@ -117,12 +154,11 @@ def test_a_long_prompt_leaves_a_token_for_every_running_row() -> None:
 
 def test_the_newest_sequence_is_preempted_and_starts_again() -> None:
     scheduler = Scheduler(BlockManager(1 + 4, 4), 8, 64)
-    old, new = sequence(None, 8, 8), sequence(None, 8, 8)
+    old, new = sequence(None, 8, 8), sequence(None, 8, 8, token=2)
     scheduler.add(old)
     scheduler.add(new)
-    for row in scheduler.schedule().rows:
-        row.sequence.num_computed_tokens = row.end
-        row.sequence.append(7)  # type: ignore[attr-defined]
+    for row in run(scheduler, scheduler.schedule()):
+        row.sequence.append(7, None)  # type: ignore[attr-defined]
     step = scheduler.schedule()
     assert [row.sequence for row in step.rows] == [old]
     assert list(scheduler.waiting) == [new] and new.num_computed_tokens == 0 and new.block_table == []
@@ -156,7 +192,133 @@ def test_dropping_a_prefix_in_use_leaves_its_rows_alone() -> None:
     (_, prefix), *_ = scheduler.schedule().loads
     table = list(row.block_table)
     scheduler.blocks.drop(prefix)
+    assert scheduler.blocks.prefix(prompt.digest) is None
     assert row.block_table == table
     assert scheduler.blocks.num_used_blocks == 3
     scheduler.remove(row)
     assert scheduler.blocks.num_used_blocks == 0
+
+
+def test_a_prompt_that_has_to_be_computed_delays_its_own_rows_only() -> None:
+    scheduler = Scheduler(BlockManager(50, 4), 8, 8)
+    slow, other = FakePrompt("sha256:slow", 20, "embedding"), sequence(None, 2, 50)
+    waiting = [sequence(slow, 3, token=i) for i in range(3)]
+    for new in [*waiting, other]:
+        scheduler.add(new)
+    num_steps = 0
+    step = scheduler.schedule()
+    while not any(row.sequence in waiting for row in step.rows):
+        assert other in {row.sequence for row in step.rows}, "an unrelated row waits"
+        assert sum(isinstance(row.sequence, PromptSequence) for row in step.rows) <= 1, "it is computed once"
+        for row in run(scheduler, step):
+            if row.num_logits:
+                row.sequence.append(7, None)  # type: ignore[attr-defined]
+        num_steps += 1
+        step = scheduler.schedule()
+    assert 20 // 8 <= num_steps <= 20 // 7 + 1, "in chunks of what the budget leaves"
+    assert len(step.copies) == 0 and step.loads == []
+    assert all(row.start == 20 for row in step.rows if row.sequence in waiting)
+
+
+def test_a_prompt_dropped_while_it_is_computed_serves_those_who_wait_for_it() -> None:
+    scheduler = Scheduler(BlockManager(50, 4), 8, 8)
+    prompt = FakePrompt("sha256:a", 6, "embedding")
+    row = sequence(prompt, 1)
+    scheduler.add(row)
+    scheduler.schedule()
+    prefix = scheduler.blocks.prefix(prompt.digest)
+    assert prefix is not None
+    scheduler.blocks.drop(prefix)
+    for _ in range(2):
+        check(scheduler)
+        run(scheduler, step := scheduler.schedule())
+    assert [r.sequence for r in step.rows] == [row]
+    assert step.copies == [(prefix.block_table[1], row.block_table[1])]
+    scheduler.remove(row)
+    assert scheduler.blocks.num_used_blocks == 0
+
+
+def test_tasks_take_turns() -> None:
+    scheduler = Scheduler(BlockManager(200, 4), 4, 64)
+    busy, quiet = FakePrompt("sha256:busy", 4), FakePrompt("sha256:quiet", 4)
+    flood = [sequence(busy, 3, token=i) for i in range(20)]
+    late = [sequence(quiet, 3, token=i) for i in range(2)]
+    for new in [*flood, *late]:
+        scheduler.add(new)
+    scheduler.schedule()
+    assert scheduler.running == [flood[0], late[0], flood[1], late[1]]
+
+
+def test_text_is_found_again_by_prompt_and_salt() -> None:
+    scheduler = Scheduler(BlockManager(100, 4), 8, 64)
+    prompt, other = FakePrompt("sha256:a", 6), FakePrompt("sha256:b", 6)
+
+    def cached(prompt: FakePrompt | None, tokens: list[int], salt: str = "") -> int:
+        """How many text tokens it finds; it runs and ends."""
+        row = GenerationSequence(tokens, prompt, salt, params=SamplingParams(max_tokens=1))  # type: ignore[arg-type]
+        scheduler.add(row)
+        run(scheduler, scheduler.schedule())
+        check(scheduler)
+        scheduler.remove(row)
+        assert row.num_cached_tokens is not None
+        return row.num_cached_tokens
+
+    text = list(range(20))
+    assert cached(prompt, text) == 0
+    assert cached(prompt, text) == 18, "blocks of 4 from position 6 on: positions 8 to 24 hold the text 2 to 18"
+    assert cached(prompt, [*text[:13], 99, *text[14:]]) == 10
+    assert cached(prompt, [99, *text[1:]]) == 0
+    assert cached(prompt, text, salt="tenant") == 0
+    assert cached(prompt, text, salt="tenant") == 18
+    assert cached(other, text) == 0
+    assert cached(None, text) == 0
+    assert cached(None, text[:17]) == 16, "the last token is always computed: its logits are wanted"
+    assert cached(None, text[:16]) == 12
+
+
+def test_names_tell_digest_and_salt_apart() -> None:
+    """vllm#44701: an adapter's name and a salt that make the same key."""
+    names = set()
+    for digest, salt in [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc")]:
+        row = GenerationSequence([1] * 4, FakePrompt(digest, 4) if digest else None, salt)  # type: ignore[arg-type]
+        names.add(row.block_names(row.num_virtual_tokens // 4, row.num_virtual_tokens // 4 + 1, 4)[0])
+    assert len(names) == 4
+
+
+def test_twins_compute_their_text_once() -> None:
+    scheduler = Scheduler(BlockManager(100, 4), 8, 64)
+    rows = [sequence(None, 18) for _ in range(5)]
+    for row in rows:
+        scheduler.add(row)
+    first = scheduler.schedule()
+    assert [row.sequence for row in first.rows] == rows[:1]
+    run(scheduler, first)
+    second = scheduler.schedule()
+    check(scheduler)
+    assert {row.sequence: row.num_tokens for row in second.rows if row.sequence is not rows[0]} == dict.fromkeys(
+        rows[1:], 2
+    )
+
+
+def test_twins_do_not_wait_for_one_that_was_aborted() -> None:
+    scheduler = Scheduler(BlockManager(100, 4), 8, 8)
+    rows = [sequence(None, 18) for _ in range(2)]
+    for row in rows:
+        scheduler.add(row)
+    run(scheduler, scheduler.schedule())
+    scheduler.remove(rows[0])
+    assert [row.sequence for row in scheduler.schedule().rows] == [rows[1]]
+    check(scheduler)
+
+
+def test_known_text_gives_way_to_new_text_oldest_first() -> None:
+    blocks = BlockManager(1 + 3, 4)
+    for name in (b"a", b"b", b"c"):
+        table = blocks.allocate(1)
+        assert table is not None
+        blocks.name(table[0], name)
+        blocks.release(table)
+    (reused,) = blocks.find([b"a"])
+    blocks.release([reused])
+    assert blocks.allocate(1) is not None
+    assert [blocks.knows(name) for name in (b"a", b"b", b"c")] == [True, False, True]

@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse, Response
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deps import StateDep
-from app.api.lease import leased
+from app.api.lease import Lease, leased
 from app.api.reply import encode, identity, prompt_headers, usage
 from app.api.schemas import ClassifyReply, ClassifyRequest, as_list
 from app.errors import InvalidRequest
 from app.registry import Version
 from app.text import Template
 
-MAX_SCORED = 4096  # labels times inputs
+MAX_SCORED = 4096  # labels times inputs times members
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -35,7 +35,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 
-@router.post("/v1/classify", response_model=ClassifyReply)
+@router.post("/v1/classify", response_model=ClassifyReply, response_model_exclude_unset=True)
 async def classify(
     request: Request, body: Annotated[ClassifyRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
 ) -> Response:
@@ -43,30 +43,44 @@ async def classify(
 
     A label's score is the summed log-likelihood of its tokens behind the input; probabilities are the softmax
     of the scores over the labels. A label whose tokens begin another label's never scores below it.
+    An ensemble's probabilities are the mean of its members' (Lester et al. 2021, section 6).
     """
     inputs = as_list(body.input)
-    async with leased(state, body.task) as lease:
-        labels = _labels(body, lease.version, len(inputs))
-        template = lease.version.manifest.parsed_template if lease.version else Template()
-        tokenizer = state.base.tokenizer
-        prompts = await encode(tokenizer, [template.prompt(text) for text in inputs])
-        targets = await encode(tokenizer, [template.target(label) for label in labels], add_special_tokens=False)
-        if not all(targets):
-            raise InvalidRequest("labels: one has no tokens", param="labels")
-        work = together(lease.score(state.engine, prompt, targets) for prompt in prompts)
-        scored = await first(work, disconnection(request.receive))
+    async with leased(state, body.task) as leases:
+        labels = _labels(body, [lease.version for lease in leases], len(inputs))
+        work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
+        scores = together(
+            lease.score(state.engine, text, targets)
+            for lease, (texts, targets) in zip(leases, work, strict=True)
+            for text in texts
+        )
+        scored = await first(scores, disconnection(request.receive))
     results = []
-    for index, logprobs in enumerate(scored):
-        probabilities = softmax([math.fsum(tokens) for tokens in logprobs])
+    for index in range(len(inputs)):
+        by_member = [softmax([math.fsum(tokens) for tokens in logprobs]) for logprobs in scored[index :: len(inputs)]]
+        probabilities = [math.fsum(member) / len(by_member) for member in zip(*by_member, strict=True)]
         best = max(range(len(labels)), key=probabilities.__getitem__)
         by_label = dict(zip(labels, probabilities, strict=True))
         results.append({"index": index, "label": labels[best], "probabilities": by_label})
+    texts = [texts for texts, _ in work]
     reply = {
-        **identity("cls", state.base.info, lease.version),
+        **identity("cls", state.base.info, leases),
         "results": results,
-        "usage": usage(lease, prompts, num_generated=0).model_dump(),
+        "usage": usage(list(zip(leases, texts, strict=True))),
     }
-    return JSONResponse(reply, headers=prompt_headers(lease.version))
+    return JSONResponse(reply, headers=prompt_headers(leases))
+
+
+async def _encode(
+    tokenizer: Any, lease: Lease, inputs: list[str], labels: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The texts and the labels' continuations of them, as token ids, by the version's template."""
+    template = lease.version.manifest.parsed_template if lease.version else Template()
+    texts = await encode(tokenizer, [template.prompt(text) for text in inputs])
+    targets = await encode(tokenizer, [template.target(label) for label in labels], add_special_tokens=False)
+    if not all(targets):
+        raise InvalidRequest("labels: one has no tokens", param="labels")
+    return texts, targets
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
@@ -77,13 +91,17 @@ def softmax(scores: Sequence[float]) -> list[float]:
     return [power / total for power in powers]
 
 
-def _labels(body: ClassifyRequest, version: Version | None, num_inputs: int) -> list[str]:
-    labels = body.labels or (version and version.manifest.labels)
+def _labels(body: ClassifyRequest, versions: Sequence[Version | None], num_inputs: int) -> list[str]:
+    labels = body.labels or (versions[0] and versions[0].manifest.labels)
     if not labels:
         raise InvalidRequest("labels: neither the request nor the version has any", param="labels")
     if len(set(labels)) < len(labels):
         raise InvalidRequest("labels: one occurs twice", param="labels")
-    if len(labels) * num_inputs > MAX_SCORED:
-        found = f"{len(labels)} labels for {num_inputs} inputs"
+    if body.labels is None:
+        for version in versions:
+            if version is None or sorted(version.manifest.labels or []) != sorted(labels):
+                raise InvalidRequest("labels: the members of the ensemble have different ones", param="labels")
+    if len(labels) * num_inputs * len(versions) > MAX_SCORED:
+        found = f"{len(labels)} labels for {num_inputs} inputs" + f" and {len(versions)} members" * (len(versions) > 1)
         raise InvalidRequest(f"labels: {found} exceed {MAX_SCORED} scores in one request", param="labels")
     return labels

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from app.base_model import BaseModel
 from app.config import Settings
+from app.constraint import ConstraintCompiler
 from app.engine import Engine
 from app.registry import Registry
 
@@ -24,11 +25,11 @@ class Readiness:
 
     def checks(self) -> dict[str, str]:
         """Check -> "ok", or what is wrong."""
-        silence = self.engine.stats().seconds_since_progress
-        return {
-            "server": "draining" if self.draining else "ok",
-            "engine": "ok" if silence < MAX_SILENCE else f"no progress for {silence:.0f} seconds",
-        }
+        stats = self.engine.stats()
+        engine = "ok" if stats.ready else "down"
+        if stats.seconds_since_progress >= MAX_SILENCE:
+            engine = f"no progress for {stats.seconds_since_progress:.0f} seconds"
+        return {"server": "draining" if self.draining else "ok", "engine": engine}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class State:
     registry: Registry
     base: BaseModel
     readiness: Readiness
+    constraints: ConstraintCompiler
     started_at: int  # Unix time
 
 

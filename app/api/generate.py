@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
@@ -13,16 +15,13 @@ from app.api.concurrency import disconnection, first, together
 from app.api.deps import State, StateDep
 from app.api.lease import Lease, leased
 from app.api.reply import encode, identity, prompt_headers, usage
+from app.api.sampling import check_count, constraints, logprob_entries, sampling_params
 from app.api.schemas import GenerateReply, GenerateRequest, as_list
 from app.api.stream import Emit, EventStream
-from app.engine import SamplingParams
+from app.engine import Logprob
+from app.errors import InvalidRequest
 from app.manifest import Defaults
-from app.soft_prompt import BaseInfo
 from app.text import Template
-
-T = TypeVar("T")
-
-DEFAULT_MAX_TOKENS = 128
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -54,14 +53,21 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/v1/generate", response_model=GenerateReply, responses=_RESPONSES)
+@router.post("/v1/generate", response_model=GenerateReply, response_model_exclude_unset=True, responses=_RESPONSES)
 async def generate(
     request: Request, body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
 ) -> Response:
-    """Generate text behind a task's soft prompt, or by the bare base model."""
-    async with leased(state, body.task) as lease:
-        run = await _Run.start(state, lease, body)
-    headers = prompt_headers(lease.version)
+    """Generate text behind a task's soft prompt, or by the bare base model.
+
+    An ensemble answers by majority: the text that most members give, of those the one whose first giver is named
+    first (Lester et al. 2021, section 6).
+    """
+    check_count(body)
+    if isinstance(body.task, list) and len(body.task) > 1:
+        _check_ensemble(body)
+    async with leased(state, body.task) as leases:
+        run = await _Run.start(state, leases, body)
+    headers = prompt_headers(leases)
     if body.stream:
         timeout = state.settings.send_timeout
         return EventStream(run.stream, run.aclose, send_timeout=timeout, headers=headers)
@@ -72,47 +78,78 @@ async def generate(
     return JSONResponse(reply, headers=headers)
 
 
-class _Run:
-    """The answers to one request, under way."""
+def _check_ensemble(body: GenerateRequest) -> None:
+    asked = {
+        "n": body.n > 1,
+        "logprobs": body.logprobs is not None,
+        "prompt_logprobs": body.prompt_logprobs is not None,
+        "stream": body.stream,
+    }
+    for name, given in asked.items():
+        if given:
+            raise InvalidRequest(f"{name}: an ensemble gives one combined answer, without it", param=name)
 
-    def __init__(self, lease: Lease, base: BaseInfo, prompts: list[list[int]]) -> None:
-        self._lease = lease
-        self._prompts = prompts  # token ids
-        self._answers: list[Answer] = []
-        self._identity = identity("gen", base, lease.version)
+
+class _Run:
+    """The answers to one request, under way: for each member of an ensemble, n for each input."""
+
+    def __init__(self, state: State, leases: Sequence[Lease], body: GenerateRequest) -> None:
+        self._tokenizer = state.base.tokenizer
+        self._identity = identity("gen", state.base.info, leases)
+        self._n = body.n
+        self._with_logprobs = body.logprobs is not None
+        self._num_outputs = len(as_list(body.input)) * body.n
+        self._work: list[tuple[Lease, list[list[int]]]] = []  # the texts behind each lease, as token ids
+        self._answers: list[Answer] = []  # member by member, input by input, sample by sample
 
     @classmethod
-    async def start(cls, state: State, lease: Lease, body: GenerateRequest) -> _Run:
-        """Start every input, or none: the engine may refuse the last one."""
-        manifest = lease.version.manifest if lease.version and not body.raw else None
-        template = manifest.parsed_template if manifest else Template()
-        defaults = manifest.defaults if manifest else Defaults()
-        stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
-        prompts = await encode(state.base.tokenizer, [template.prompt(text) for text in as_list(body.input)])
-        run = cls(lease, state.base.info, prompts)
+    async def start(cls, state: State, leases: Sequence[Lease], body: GenerateRequest) -> _Run:
+        """Start every answer, or none: the engine may refuse the last one."""
+        run = cls(state, leases, body)
+        found = await constraints(state, body, len(leases) * run._num_outputs)
         try:
-            for prompt in prompts:
-                room = state.engine.max_model_len - lease.num_virtual_tokens - len(prompt)
-                params = _sampling(body, defaults, room, state.base.eos_token_ids)
-                generation = lease.generate(state.engine, prompt, params)
-                run._answers.append(Answer(generation, state.base.tokenizer, template, stop))
+            for lease in leases:
+                await run._start(state, lease, body, found)
         except BaseException:
             await run.aclose()
             raise
         return run
 
+    async def _start(self, state: State, lease: Lease, body: GenerateRequest, found: list[Any]) -> None:
+        manifest = lease.version.manifest if lease.version and not body.raw else None
+        template = manifest.parsed_template if manifest else Template()
+        defaults = manifest.defaults if manifest else Defaults()
+        stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
+        texts = await encode(self._tokenizer, [template.prompt(text) for text in as_list(body.input)])
+        self._work.append((lease, texts))
+        for text in texts:
+            room = state.engine.max_model_len - lease.num_virtual_tokens - len(text)
+            for sample in range(body.n):
+                params = sampling_params(body, defaults, room, state.base.eos_token_ids, sample)
+                generation = lease.generate(
+                    state.engine, text, params, constraint=found.pop(), salt=body.cache_salt or ""
+                )
+                self._answers.append(Answer(generation, self._tokenizer, template, stop, min_tokens=params.min_tokens))
+
     async def whole(self) -> dict[str, Any]:
         """The plain reply."""
         pieces = await together(answer.text() for answer in self._answers)
-        outputs = [_output(index, piece) for index, piece in enumerate(pieces)]
+        if len(self._work) > 1:
+            outputs = [_majority(index, pieces[index :: self._num_outputs]) for index in range(self._num_outputs)]
+        else:
+            outputs = [self._output(index, piece, first=True) for index, piece in enumerate(pieces)]
         return {**self._identity, "outputs": outputs, "usage": self._usage()}
 
     async def stream(self, emit: Emit) -> None:
         """The same in pieces, those of all inputs as they come."""
 
         async def relay(index: int, answer: Answer) -> None:
+            begun = False
+
             async def deliver(piece: Piece) -> None:
-                await emit({**self._identity, **_output(index, piece)})
+                nonlocal begun
+                await emit({**self._identity, **self._output(index, piece, first=not begun)})
+                begun = True
 
             await answer.read(deliver)
 
@@ -123,29 +160,26 @@ class _Run:
         for answer in self._answers:
             await answer.aclose()
 
+    def _output(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
+        """`first`: with what is said once, about the input."""
+        output: dict[str, Any] = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}
+        if self._with_logprobs:
+            output["logprobs"] = logprob_entries(self._tokenizer, piece.logprobs)
+        prompt = self._answers[index].prompt_logprobs
+        if first and prompt is not None:
+            known: list[Logprob] = [entry for entry in prompt if entry is not None]
+            output["prompt_logprobs"] = [None, *logprob_entries(self._tokenizer, known)]
+        return output
+
     def _usage(self) -> dict[str, Any]:
         generated = sum(answer.num_tokens for answer in self._answers)
-        return usage(self._lease, self._prompts, generated).model_dump()
+        # The first sample's of each input, as the input counts once: the others find what that one computed.
+        cached = sum(answer.num_cached_tokens for answer in self._answers[:: self._n])
+        return usage(self._work, num_generated=generated, num_cached=cached)
 
 
-def _output(index: int, piece: Piece) -> dict[str, Any]:
-    return {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}
-
-
-def _sampling(body: GenerateRequest, defaults: Defaults, room: int, eos_token_ids: frozenset[int]) -> SamplingParams:
-    """The request's own fields, then the version's defaults, then ours.
-
-    Only a `max_tokens` that the request did not ask for gives way to the `room` left in the context.
-    """
-    return SamplingParams(
-        max_tokens=body.max_tokens or min(defaults.max_tokens or DEFAULT_MAX_TOKENS, max(room, 1)),
-        temperature=_given(body.temperature, defaults.temperature, 0.0),
-        top_p=_given(body.top_p, defaults.top_p, 1.0),
-        top_k=_given(body.top_k, defaults.top_k, 0),
-        seed=body.seed,
-        stop_token_ids=eos_token_ids,
-    )
-
-
-def _given(asked: T | None, default: T | None, ours: T) -> T:
-    return next(value for value in (asked, default, ours) if value is not None)
+def _majority(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The answer that most members gave; Counter keeps the order of first appearance among equals."""
+    ((text, votes),) = Counter(piece.text for piece in pieces).most_common(1)
+    reason = next(piece.finish_reason for piece in pieces if piece.text == text)
+    return {"index": index, "text": text, "finish_reason": reason, "votes": votes}

@@ -1,4 +1,4 @@
-"""A version held for one request that makes several engine calls."""
+"""Versions held for one request that makes several engine calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import anyio.to_thread
 
 from app.api.deps import State
-from app.engine import Engine, Generation, SamplingParams
+from app.engine import Constraint, Engine, Generation, SamplingParams
+from app.errors import InvalidRequest
 from app.registry import Pin, Version
 from app.soft_prompt import SoftPrompt
 
@@ -28,11 +29,21 @@ class Lease:
     def num_virtual_tokens(self) -> int:
         return self.prompt.num_virtual_tokens if self.prompt else 0
 
-    def generate(self, engine: Engine, token_ids: Sequence[int], params: SamplingParams) -> Generation:
+    def generate(
+        self,
+        engine: Engine,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        constraint: Constraint | None = None,
+        salt: str = "",
+    ) -> Generation:
         """`Engine.generate` behind this version."""
         give_back = self.share()
         try:
-            return engine.generate(self.prompt, token_ids, params, on_release=give_back)
+            return engine.generate(
+                self.prompt, token_ids, params, constraint=constraint, salt=salt, on_release=give_back
+            )
         except BaseException:
             give_back()
             raise
@@ -69,17 +80,24 @@ class Lease:
 
 
 @asynccontextmanager
-async def leased(state: State, task: str | None) -> AsyncIterator[Lease]:
-    """Resolve `task` once and hold what it names while the request starts its engine calls.
+async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[list[Lease]]:
+    """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
-    None and the base model's name give the bare base. Raises what `Registry.pin` raises.
+    One lease, or one for each member of an ensemble. None and the base model's name give the bare base. Raises what
+    `Registry.pin` raises, and InvalidRequest for an ensemble in which a version stands twice.
     """
-    pin = None
-    if task is not None and task != state.base.info.name:
-        pin = await anyio.to_thread.run_sync(state.registry.pin, task)
-    lease = Lease(pin)
-    give_back = lease.share()
+    give_back: list[Callable[[], None]] = []
+    leases: list[Lease] = []
     try:
-        yield lease
+        for reference in task if isinstance(task, list) else [task]:
+            pin = None
+            if reference is not None and reference != state.base.info.name:
+                pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
+            leases.append(Lease(pin))
+            give_back.append(leases[-1].share())
+        if len({lease.prompt and lease.prompt.digest for lease in leases}) < len(leases):
+            raise InvalidRequest("task: a version stands twice in the ensemble", param="task")
+        yield leases
     finally:
-        give_back()
+        for give in give_back:
+            give()

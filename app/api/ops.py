@@ -54,6 +54,6 @@ async def info(state: StateDep) -> dict[str, Any]:
             "num_layers": base.info.num_layers,
             "max_model_len": base.info.max_model_len,
         },
-        "engine": asdict(state.engine.stats()),
+        "engine": {"backend": state.engine.backend, **asdict(state.engine.stats())},
         "tasks": len(state.registry.tasks()),
     }

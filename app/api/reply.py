@@ -24,31 +24,45 @@ async def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
     return await anyio.to_thread.run_sync(run)
 
 
-def identity(prefix: str, base: BaseInfo, version: Version | None) -> dict[str, Any]:
+def identity(prefix: str, base: BaseInfo, leases: Sequence[Lease]) -> dict[str, Any]:
     """The first members of a reply: its id, and what made it (nulls for the bare base model)."""
-    digests = [base.fingerprint, *([version.digest] if version else [])]
+    versions = [lease.version for lease in leases]
+    digests = [base.fingerprint, *(version.digest for version in versions if version)]
+    fingerprint = "_".join(["fp", *(digest.removeprefix("sha256:")[:12] for digest in digests)])
+    made_by = _member(versions[0]) if len(versions) == 1 else _member(None) | {"members": list(map(_member, versions))}
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", **made_by, "system_fingerprint": fingerprint}
+
+
+def _member(version: Version | None) -> dict[str, Any]:
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
         "task": version and version.task,
         "version": version and version.number,
         "digest": version and version.digest,
-        "system_fingerprint": "_".join(["fp", *(digest.removeprefix("sha256:")[:12] for digest in digests)]),
     }
 
 
-def prompt_headers(version: Version | None) -> dict[str, str]:
-    if version is None:
+def prompt_headers(leases: Sequence[Lease]) -> dict[str, str]:
+    """Of an ensemble, its members' in their order."""
+    versions = [lease.version for lease in leases if lease.version]
+    if not versions:
         return {}
-    return {"X-Prompt-Version": version.reference, "X-Prompt-Digest": version.digest}
+    return {
+        "X-Prompt-Version": ", ".join(version.reference for version in versions),
+        "X-Prompt-Digest": ", ".join(version.digest for version in versions),
+    }
 
 
-def usage(lease: Lease, prompts: Sequence[Sequence[int]], num_generated: int) -> Usage:
-    num_text = sum(map(len, prompts))
+def usage(
+    work: Sequence[tuple[Lease, Sequence[Sequence[int]]]], *, num_generated: int = 0, num_cached: int = 0
+) -> dict[str, Any]:
+    """What was run: the texts behind each lease, each member of an ensemble for itself."""
+    num_text = sum(len(text) for _, texts in work for text in texts)
     return Usage(
         prompt_tokens=num_text,
         completion_tokens=num_generated,
         total_tokens=num_text + num_generated,
         prompt_tokens_details=PromptTokensDetails(
-            soft_prompt_tokens=len(prompts) * lease.num_virtual_tokens, cached_tokens=0
+            soft_prompt_tokens=sum(len(texts) * lease.num_virtual_tokens for lease, texts in work),
+            cached_tokens=num_cached,
         ),
-    )
+    ).model_dump()

@@ -6,19 +6,23 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.engine import MAX_SEED
+from app.engine import MAX_LOGPROBS, MAX_SEED
 from app.manifest import Label, Manifest, StopString
 
 T = TypeVar("T")
 
 MAX_INPUTS = 256
+MAX_OUTPUTS = 256  # inputs times n
+MAX_MEMBERS = 16  # of an ensemble
+MAX_BIASES = 1024
 Reference = Annotated[
-    str | None,
+    str | Annotated[list[str], Field(min_length=1, max_length=MAX_MEMBERS)] | None,
     Field(
         description="`task`, `task:7`, `task@alias` or `task@sha256:<digest>`; absent or the base model's id: "
-        "the bare base model"
+        "the bare base model. Several make an ensemble: one batch, one combined answer"
     ),
 ]
+Penalty = Annotated[float | None, Field(ge=-2, le=2)]
 Input = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
     Field(description="One text, or several to be answered independently"),
@@ -33,21 +37,79 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class JsonSchemaFormat(_Strict):
+    """OpenAI's, in which `strict` says nothing here: the constraint always holds."""
+
+    name: Annotated[str | None, Field(max_length=200)] = None
+    description: Annotated[str | None, Field(max_length=2_000)] = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Strict):
+    type: Literal["json_object"]
+
+
+class JsonFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
 class GenerateRequest(_Strict):
     """Fields left out come from the version's defaults, then from the values described here."""
 
     task: Reference = None
     input: Input
-    max_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="At most so many new tokens; 128")] = None
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=0, le=1_000_000, description="At most so many new tokens; 128. 0 only with `prompt_logprobs`"),
+    ] = None
+    min_tokens: Annotated[int, Field(ge=0, le=1_000_000, description="No end before so many new tokens")] = 0
     temperature: Annotated[float | None, Field(ge=0, le=100, description="0, the default, is greedy")] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="0 switches it off")] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1, description="Least probability, relative to the best's")] = None
+    repetition_penalty: Annotated[
+        float | None, Field(gt=0, le=100, description="Of tokens in the input and the answer; 1 switches it off")
+    ] = None
+    presence_penalty: Annotated[Penalty, Field(description="Of tokens in the answer, once")] = None
+    frequency_penalty: Annotated[Penalty, Field(description="Of tokens in the answer, for each time")] = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None,
+        Field(max_length=MAX_BIASES, description="Token id, as a string, to what is added to its logit"),
+    ] = None
     stop: Annotated[
         StopString | Annotated[list[StopString], Field(max_length=16)] | None,
         Field(description="Strings that end the answer; they are not part of it"),
     ] = None
+    stop_token_ids: Annotated[
+        list[int] | None, Field(max_length=64, description="Tokens that end the answer, besides the model's own")
+    ] = None
+    ignore_eos: Annotated[bool, Field(description="The model's own end tokens do not end the answer")] = False
     seed: Annotated[int | None, Field(ge=-MAX_SEED, le=MAX_SEED)] = None
-    n: Annotated[int, Field(ge=1, le=1, description="Only 1 for now")] = 1
+    n: Annotated[
+        int,
+        Field(ge=1, le=MAX_OUTPUTS, description="Answers for each input: outputs n * i to n * i + n - 1 are input i's"),
+    ] = 1
+    logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_LOGPROBS, description="Log-probability of each token, and of so many likeliest ones"),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None, Field(ge=0, le=MAX_LOGPROBS, description="The same for the tokens of the input")
+    ] = None
+    response_format: Annotated[
+        TextFormat | JsonObjectFormat | JsonFormat | None,
+        Field(discriminator="type", description="JSON, or JSON by a schema: the answer cannot be anything else"),
+    ] = None
+    cache_salt: Annotated[
+        str | None,
+        Field(min_length=1, max_length=200, description="Cached text is shared only among requests of the same salt"),
+    ] = None
     stream: Annotated[bool, Field(description="Answer with server-sent events")] = False
     raw: Annotated[bool, Field(description="Apply neither the version's template nor its defaults")] = False
 
@@ -79,18 +141,38 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Reply(BaseModel):
-    id: str
-    task: str | None  # null, like the two below: the bare base model
+class Member(BaseModel):
+    task: str | None
     version: int | None
     digest: str | None
-    system_fingerprint: str  # of the base model and the version
+
+
+class Reply(BaseModel):
+    id: str
+    task: str | None  # null, like the two below: the bare base model, or an ensemble
+    version: int | None
+    digest: str | None
+    members: list[Member] | None = None  # of an ensemble
+    system_fingerprint: str  # of the base model and the versions
+
+
+class TopLogprob(BaseModel):
+    token: str
+    id: int
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
 
 
 class Output(BaseModel):
     index: int
     text: str
     finish_reason: Literal["stop", "length", "abort"]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    votes: int | None = None  # members of an ensemble that gave this answer
 
 
 class GenerateReply(Reply):

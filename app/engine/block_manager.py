@@ -1,12 +1,14 @@
 """Accounts for the KV cache in blocks of positions; holds no tensors.
 
-Blocks are reference-counted, so sequences share the full blocks of a prefix and copy only its partial last one.
-Block 0 is never given out, so never written: padding points there.
+Blocks are reference-counted, so sequences share the full blocks of a prefix and copy only its partial last one. A
+full block of text also has a name, the hash of everything up to its end; it can be found by it and shared until its
+memory is needed for something else. Block 0 is never given out, so never written: padding points there.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,8 +19,9 @@ class Prefix:
     key: str
     num_tokens: int
     block_table: list[int]
-    users: int = 0  # sequences started from it that still hold blocks
+    users: int = 0  # sequences started from it that still hold blocks, and the one that fills it
     resident: bool = True
+    ready: bool = False  # its keys and values are in place
 
 
 @dataclass
@@ -28,9 +31,12 @@ class BlockManager:
     num_evictions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._free = deque(range(1, self.num_blocks))
+        # Least recently used first. A named block stays findable here until it is given out again.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, self.num_blocks))
         self._references = [0] * self.num_blocks
         self._prefixes: OrderedDict[str, Prefix] = OrderedDict()  # least recently used first
+        self._named: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
 
     @property
     def num_usable_blocks(self) -> int:
@@ -57,19 +63,18 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks, or None; evicts idle prefixes for them, least recently used first."""
-        if count > len(self._free) + self._num_evictable():
+        if count > len(self._free) and count > len(self._free) + self._num_evictable():
             return None
-        for prefix in list(self._prefixes.values()):
-            if count <= len(self._free):
-                break
-            if prefix.users == 0:
+        if count > len(self._free):
+            for prefix in [prefix for prefix in self._prefixes.values() if prefix.users == 0]:
                 self.drop(prefix)
                 self.num_evictions += 1
-        if count > len(self._free):
-            return None
-        blocks = [self._free.popleft() for _ in range(count)]
+                if count <= len(self._free):
+                    break
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
+            self._forget(block)
         return blocks
 
     def _num_evictable(self) -> int:
@@ -81,11 +86,48 @@ class BlockManager:
 
     def release(self, blocks: list[int]) -> None:
         """Give up one reference to each block and empty the list."""
-        for block in blocks:
+        # From the end: of a text, the blocks that most other texts begin with are given out last.
+        for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
-                self._free.append(block)
+                self._free[block] = None
+                if block not in self._names:
+                    self._free.move_to_end(block, last=False)
         blocks.clear()
+
+    # -- blocks of text, by name -----------------------------------------------------------------------------------
+
+    def find(self, names: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest known start of a chain of names, now held by the caller."""
+        blocks = []
+        for name in names:
+            block = self._named.get(name)
+            if block is None:
+                break
+            self._free.pop(block, None)
+            self._references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def knows(self, name: bytes) -> bool:
+        return name in self._named
+
+    def name(self, block: int, name: bytes) -> None:
+        """Make a held block findable. Its positions are all computed and will not be written again."""
+        if name not in self._named:
+            self._forget(block)
+            self._named[name] = block
+            self._names[block] = name
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take the names of blocks that may hold something broken."""
+        for block in blocks:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        name = self._names.pop(block, None)
+        if name is not None:
+            del self._named[name]
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
@@ -102,30 +144,58 @@ class BlockManager:
         self._prefixes[prefix.key] = prefix
 
     def drop(self, prefix: Prefix) -> None:
-        """Forget a prefix at once; blocks that sequences share stay theirs until they end."""
+        """Let nobody find the prefix any more; its blocks are free when its last user is done with it."""
         if prefix.resident:
             prefix.resident = False
             del self._prefixes[prefix.key]
+            self._release_unused(prefix)
+
+    def _release_unused(self, prefix: Prefix) -> None:
+        if prefix.users == 0 and not prefix.resident:
             self.release(prefix.block_table)
 
-    def fork(self, prefix: Prefix) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """A block table that starts with the prefix, and the (source, target) block copies it needs.
+    def drop_idle(self) -> int:
+        """Forget every prefix that nobody uses; how many there were."""
+        idle = [prefix for prefix in self._prefixes.values() if prefix.users == 0]
+        for prefix in idle:
+            self.drop(prefix)
+        self.num_evictions += len(idle)
+        return len(idle)
 
-        Full blocks are shared; a partial last block is copied because the sequence will write behind the prefix.
-        None when there is no block for that copy.
+    def fork(self, prefix: Prefix | None, names: Sequence[bytes], num_tokens: int) -> Fork | None:
+        """A block table for `num_tokens` positions that starts with the prefix and with what is known of the text.
+
+        `names` are those of the blocks behind the prefix's full ones. Those are shared; the prefix's partial last
+        block is copied, unless a known block has its positions already, because the sequence will write behind them.
+        None when there are not enough blocks.
         """
-        num_full = prefix.num_tokens // self.block_size
-        partial = prefix.block_table[num_full:]
-        prefix.users += 1  # also keeps it from being evicted for its own copy
-        copy = self.allocate(len(partial))
-        if copy is None:
-            prefix.users -= 1
-            return None
-        shared = prefix.block_table[:num_full]
+        num_full = prefix.num_tokens // self.block_size if prefix else 0
+        shared = list(prefix.block_table[:num_full]) if prefix else []
+        partial = prefix.block_table[num_full:] if prefix else []
         for block in shared:
             self._references[block] += 1
-        return shared + copy, list(zip(partial, copy, strict=True))
+        if prefix is not None:
+            prefix.users += 1  # also keeps it from being evicted for its own copy
+        table = shared + self.find(names)
+        num_found = len(table) - num_full
+        own = self.allocate(max(0, self.num_blocks_for(num_tokens) - len(table)))
+        if own is None:
+            self.release(table)
+            if prefix is not None:
+                self.unfork(prefix)
+            return None
+        copies = list(zip(partial, own, strict=False)) if not num_found else []
+        start = prefix.num_tokens if prefix else 0
+        return Fork(table + own, copies, max(start, len(table) * self.block_size))
 
     def unfork(self, prefix: Prefix) -> None:
         """A sequence that started from the prefix has released its blocks."""
         prefix.users -= 1
+        self._release_unused(prefix)
+
+
+@dataclass(frozen=True)
+class Fork:
+    block_table: list[int]
+    copies: list[tuple[int, int]]  # (source, target) blocks, once the prefix is ready
+    num_tokens: int  # positions that need not be computed

@@ -12,21 +12,46 @@ from app.engine import Token
 log = logging.getLogger(__name__)
 
 
+class Outbox:
+    """What a step has for the event loops: one wake-up per loop and step instead of one per token."""
+
+    def __init__(self) -> None:
+        self._items: dict[asyncio.AbstractEventLoop, list[tuple[LocalGeneration, Token | Exception]]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, generation: LocalGeneration, item: Token | Exception) -> None:
+        self._items.setdefault(loop, []).append((generation, item))
+
+    def flush(self) -> None:
+        items, self._items = self._items, {}
+        for loop, batch in items.items():
+            _call(loop, _deliver, batch)
+
+
+def _deliver(batch: list[tuple[LocalGeneration, Token | Exception]]) -> None:
+    for generation, item in batch:
+        generation.receive(item)
+
+
 class LocalGeneration(AsyncIterator[Token]):
     """Tokens of one sequence, handed over from the engine thread to the event loop that created this.
 
     The queue needs no bound of its own: it never holds more than `max_tokens`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._ended = False
         self.cancel: Callable[[], None] = lambda: None
 
     def emit(self, item: Token | Exception) -> None:
-        """Called by the engine thread."""
-        _call(self._loop, self._queue.put_nowait, item)
+        """Called by the engine thread, which flushes its outbox after the step."""
+        self._outbox.add(self._loop, self, item)
+
+    def receive(self, item: Token | Exception) -> None:
+        """Called in the event loop."""
+        self._queue.put_nowait(item)
 
     def __aiter__(self) -> Self:
         return self

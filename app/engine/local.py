@@ -1,6 +1,7 @@
 """The engine in this process: one thread owns the model and every sequence.
 
-Other threads only put commands into its inbox; results come back through callbacks into their event loop.
+Other threads only put commands into its inbox; results come back through callbacks into their event loop. When a bug
+ends the thread's work, everyone who waits is told, and it starts anew with empty books.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from app.engine import EngineStats, SamplingParams
+from app.engine import Constraint, EngineStats, SamplingParams
+from app.engine.attention_kernels import preferred_block_size
+from app.engine.backend import Quantization, build_forward
 from app.engine.block_manager import BlockManager
 from app.engine.core import EngineCore
-from app.engine.generation import LocalGeneration, post
+from app.engine.generation import LocalGeneration, Outbox, post
+from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache
-from app.engine.model_runner import ModelRunner
+from app.engine.model_runner import ModelRunner, self_check
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
@@ -30,9 +34,20 @@ from app.soft_prompt import BaseInfo, SoftPrompt
 log = logging.getLogger(__name__)
 
 IDLE_TURN = 0.5  # seconds between signs of life of an idle engine
-BLOCK_SIZE = 16  # positions
+BLOCK_SIZE = 16  # positions, where the device's attention does not want another
 CPU_CACHE_BYTES = 2**30
 GPU_CACHE_SHARE = 0.8  # of the memory that the model leaves free
+HOST_CACHE_BYTES = 2**30
+# Tokens of prompt text in one step: as many as the device computes in about the time that reading the weights takes,
+# so that a long prompt delays running streams little and wastes little.
+CPU_BATCHED_TOKENS = 128
+GPU_BATCHED_TOKENS = 2048
+# Relative to the largest logit, so that low precision passes and wrong masks do not.
+TOLERANCE = 5e-2
+INT8_TOLERANCE = 0.2
+MAX_RESTARTS = 5  # within RESTART_WINDOW
+RESTART_WINDOW = 600.0  # seconds
+RESTART_DELAY = 1.0  # seconds, doubled with every restart in the window
 
 
 class LocalEngine:
@@ -44,25 +59,46 @@ class LocalEngine:
         info: BaseInfo,
         *,
         max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         max_waiting: int = 256,
         kv_cache_tokens: int | None = None,
+        host_cache_bytes: int = HOST_CACHE_BYTES,
+        quantization: Quantization | None = None,
+        restart_delay: float = RESTART_DELAY,
     ) -> None:
-        """`model` is a frozen `PreTrainedModel`; `kv_cache_tokens` None takes a share of the memory."""
+        """`model` is a frozen `PreTrainedModel`.
+
+        `kv_cache_tokens` None takes a share of the memory; `max_num_batched_tokens` None goes by the device. Raises
+        ValueError for a model that takes gradients, InvalidBaseModel for a quantization that cannot be had here.
+        """
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if trainable:
             raise ValueError(f"the base model must be frozen; {trainable[0]} requires grad")
         self._info = info
         self._max_in_flight = max_num_seqs + max_waiting
-        num_blocks = 1 + -(-(kv_cache_tokens or _default_cache_tokens(model, info)) // BLOCK_SIZE)
-        cache = KVCache(info, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device)
-        self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
-        self._scheduler = Scheduler(self._blocks, max_num_seqs, max(max_num_batched_tokens, max_num_seqs))
-        self._core = EngineCore(self._blocks, self._scheduler, ModelRunner(model, info, cache))
+        self._block_size = block_size = preferred_block_size(model.device, model.dtype, BLOCK_SIZE)
+        num_blocks = 1 + -(-(kv_cache_tokens or _default_cache_tokens(model, info, block_size)) // block_size)
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
+        self._num_blocks = num_blocks
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + block_size)
+        self._host_cache_bytes = host_cache_bytes
+        self._model = model
+        self._cache = KVCache(
+            info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
+        )
+        self._forward = build_forward(model, info, self._cache, quantization)
+        self._tolerance = INT8_TOLERANCE if quantization else TOLERANCE
+        self._core = self._new_core()
+        self._outbox = Outbox()
+        self._restarts: list[float] = []  # when
+        self._restart_delay = restart_delay
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._door = threading.Lock()  # guards the two below; held for a moment only
+        self._door = threading.Lock()  # guards the three below; held for a moment only
         self._open = False
+        self._stopping = threading.Event()
         self._num_in_flight = 0
         self._score_ids = itertools.count()
         self._last_turn = time.monotonic()
@@ -70,14 +106,27 @@ class LocalEngine:
     @property
     def max_model_len(self) -> int:
         """What fits both the model and the KV cache, whatever the soft prompt (a copied block is set aside)."""
-        return min(self._info.max_model_len, (self._blocks.num_usable_blocks - 1) * BLOCK_SIZE)
+        return min(self._info.max_model_len, (self._blocks.num_usable_blocks - 1) * self._block_size)
+
+    @property
+    def backend(self) -> str:
+        """See `Engine.backend`."""
+        return self._forward.describe
+
+    @property
+    def _blocks(self) -> BlockManager:
+        return self._core.blocks
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        return self._core.scheduler
 
     def start(self) -> None:
         """Check the model once, then start the thread. Raises InvalidBaseModel."""
         blocks = self._blocks.allocate(2)
         if blocks is None:
-            raise ValueError(f"the KV cache needs at least {2 * BLOCK_SIZE} tokens")
-        self._core.runner.self_check(blocks)
+            raise ValueError(f"the KV cache needs at least {2 * self._block_size} tokens")
+        self_check(self._forward, self._model, self._info, blocks, tolerance=self._tolerance)
         self._blocks.release(blocks)
         self._open = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,6 +136,7 @@ class LocalEngine:
         """End the thread; whatever is still in flight gets NotReady. Idempotent."""
         with self._door:
             self._open = False
+            self._stopping.set()
         self._inbox.put(lambda: None)  # wakes an idle thread
         if self._thread is not None:
             self._thread.join()
@@ -97,12 +147,17 @@ class LocalEngine:
         token_ids: Sequence[int],
         params: SamplingParams,
         *,
+        constraint: Constraint | None = None,
+        salt: str = "",
         on_release: Callable[[], None] | None = None,
     ) -> LocalGeneration:
         """See `Engine.generate`. Needs a running event loop."""
         self._check(prompt, token_ids, params.max_tokens)
-        generation = LocalGeneration()
-        sequence = GenerationSequence(list(token_ids), prompt, params=params, emit=generation.emit)
+        self._check_ids(params.logit_bias, param="logit_bias")
+        generation = LocalGeneration(self._outbox)
+        sequence = GenerationSequence(
+            list(token_ids), prompt, salt, params=params, constraint=constraint, emit=generation.emit
+        )
         self._submit(sequence, on_release)
         generation.cancel = lambda: self._inbox.put(lambda: self._core.abort(sequence))
         return generation
@@ -113,6 +168,7 @@ class LocalEngine:
         token_ids: Sequence[int],
         continuations: Sequence[Sequence[int]],
         *,
+        salt: str = "",
         on_release: Callable[[], None] | None = None,
     ) -> list[list[float]]:
         """See `Engine.score`. Cancelling the call aborts the scoring."""
@@ -129,7 +185,7 @@ class LocalEngine:
             continuations=[list(tokens) for tokens in continuations],
             finish=lambda result: post(loop, future, result),
         )
-        context = ContextSequence(list(token_ids), prompt, score=score)
+        context = ContextSequence(list(token_ids), prompt, salt, score=score)
         self._submit(context, on_release)
         try:
             return await future
@@ -137,24 +193,12 @@ class LocalEngine:
             self._inbox.put(lambda: self._core.abort(context))
 
     async def load(self, prompt: SoftPrompt) -> None:
-        """See `Engine.load`. Raises NumericalError, Overloaded, ContextLengthExceeded, NotReady, EngineFailed."""
-        self._check(prompt, [0], 1)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        """See `Engine.load`. Raises NumericalError, Overloaded, ContextLengthExceeded, NotReady, EngineFailed.
 
-        def command() -> None:
-            try:
-                if not self._open:
-                    raise NotReady("the engine has stopped")
-                self._core.load(prompt)
-            except Exception as error:
-                post(loop, future, error)
-            else:
-                post(loop, future, None)
-
-        with self._door:
-            self._enter(command)
-        await future
+        A prompt can be finite and still break the model, so one token is generated behind it.
+        """
+        async for _ in self.generate(prompt, [0], SamplingParams(max_tokens=1, temperature=0)):
+            pass
 
     async def unload(self, digest: str) -> None:
         """See `Engine.unload`."""
@@ -170,9 +214,13 @@ class LocalEngine:
             kv_blocks_used=self._blocks.num_used_blocks,
             prefixes=self._blocks.num_prefixes,
             prefix_loads=self._core.num_loads,
+            prefixes_in_host_memory=len(self._core.runner.host),
+            host_bytes=self._core.runner.host.num_bytes,
             prefix_evictions=self._blocks.num_evictions,
             preemptions=self._scheduler.num_preemptions,
             steps=self._core.num_steps,
+            ready=self._open,
+            restarts=len(self._restarts),
             seconds_since_progress=time.monotonic() - self._last_turn,
         )
 
@@ -186,7 +234,7 @@ class LocalEngine:
         total = virtual + len(token_ids) + max_tokens
         if total > self._info.max_model_len or not self._blocks.fits_alone(virtual, total):
             # A partial last block of the soft prompt is copied.
-            room = (self._blocks.num_usable_blocks - bool(virtual % BLOCK_SIZE)) * BLOCK_SIZE
+            room = (self._blocks.num_usable_blocks - bool(virtual % self._block_size)) * self._block_size
             limit, owner = min((self._info.max_model_len, "the model"), (room, "the KV cache"))
             raise ContextLengthExceeded(
                 f"{virtual} virtual tokens + {len(token_ids)} text tokens + up to {max_tokens} new ones make {total}; "
@@ -194,10 +242,10 @@ class LocalEngine:
                 param="input",
             )
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, token_ids: Iterable[int], param: str = "input") -> None:
         bad = next((i for i in token_ids if not 0 <= i < self._info.vocab_size), None)
         if bad is not None:
-            raise InvalidRequest(f"token id {bad} is not in the vocabulary of {self._info.vocab_size}", param="input")
+            raise InvalidRequest(f"token id {bad} is not in the vocabulary of {self._info.vocab_size}", param=param)
 
     def _submit(self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None) -> None:
         def release() -> None:
@@ -223,22 +271,57 @@ class LocalEngine:
     # -- the engine thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        error: Exception = NotReady("the engine has stopped")
-        try:
-            while self._open:
-                self._obey(wait=not self._core.has_work)
-                if self._core.has_work:
-                    self._core.step()
-                self._last_turn = time.monotonic()
-        except Exception as crash:
-            log.exception("the engine thread died")
-            error = EngineFailed(f"the engine thread died: {type(crash).__name__}")
-        with self._door:
-            self._open = False
-        try:
-            self._obey(wait=False)  # what came in before the door closed gets the error too
-        finally:
+        while True:
+            error: Exception = NotReady("the engine has stopped")
+            try:
+                self._turn()
+            except Exception as crash:
+                log.exception("the engine died")
+                error = EngineFailed(f"the engine died: {type(crash).__name__}")
+            with self._door:
+                self._open = False
+            try:
+                self._obey(wait=False)  # what came in before the door closed gets the error too
+            except Exception:
+                log.exception("a command failed after the engine had died")
             self._core.fail_all(error)
+            self._outbox.flush()
+            if not self._restart():
+                return
+
+    def _turn(self) -> None:
+        while self._open:
+            self._obey(wait=not self._core.has_work)
+            if self._core.has_work:
+                self._core.step()
+                self._outbox.flush()
+            self._last_turn = time.monotonic()
+
+    def _restart(self) -> bool:
+        """Begin anew after a while, unless the engine was stopped or dies again and again."""
+        now = time.monotonic()
+        recent = sum(then > now - RESTART_WINDOW for then in self._restarts)
+        if self._stopping.is_set():
+            return False
+        if recent >= MAX_RESTARTS:
+            log.critical("the engine died %d times in %.0f s and stays down", recent + 1, RESTART_WINDOW)
+            return False
+        if self._stopping.wait(self._restart_delay * 2**recent):
+            return False
+        self._core = self._new_core()
+        with self._door:
+            if self._stopping.is_set():
+                return False
+            self._restarts.append(now)
+            self._open = True
+        log.warning("the engine has started again")
+        return True
+
+    def _new_core(self) -> EngineCore:
+        """Empty books over the same memory; what stale blocks hold is never read."""
+        blocks = BlockManager(self._num_blocks, self._block_size)
+        scheduler = Scheduler(blocks, self._max_num_seqs, self._max_num_batched_tokens)
+        return EngineCore(blocks, scheduler, ModelRunner(self._forward, self._cache, HostCache(self._host_cache_bytes)))
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out the inbox's commands; with `wait`, give one a moment to arrive."""
@@ -250,10 +333,10 @@ class LocalEngine:
             return
 
 
-def _default_cache_tokens(model: Any, info: BaseInfo) -> int:
+def _default_cache_tokens(model: Any, info: BaseInfo, block_size: int) -> int:
     """Positions that fit the default share of memory, at least one whole context."""
     per_token: int = info.num_layers * 2 * info.num_kv_heads * info.head_dim * model.dtype.itemsize
     memory = CPU_CACHE_BYTES
     if model.device.type == "cuda":
         memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
-    return max(memory // per_token, info.max_model_len + 2 * BLOCK_SIZE)
+    return max(memory // per_token, info.max_model_len + 2 * block_size)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.engine.block_manager import BlockManager, Prefix
-from app.engine.sequence import Sequence
+from app.engine.sequence import GenerationSequence, PromptSequence, Sequence
+from app.engine.waiting import WaitingQueue
 
 if TYPE_CHECKING:
     from app.soft_prompt import SoftPrompt
@@ -34,113 +35,194 @@ class Row:
 class Step:
     """What the model runner does, in this order."""
 
-    loads: list[tuple[SoftPrompt, Prefix]] = field(default_factory=list)
+    loads: list[tuple[SoftPrompt, Prefix]] = field(default_factory=list)  # keys and values to be copied in
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, target) blocks
     rows: list[Row] = field(default_factory=list)
 
 
 @dataclass
 class Scheduler:
-    """First come, first served. Running sequences go first, so a stream never waits for an admission."""
+    """Running sequences go first, so a stream never waits for an admission; waiting tasks take turns.
+
+    A soft prompt that has to be computed is a row like any other, in chunks under the same budget: its own requests
+    hold their blocks and wait for it, and nobody else does.
+    """
 
     blocks: BlockManager
     max_num_seqs: int
-    max_num_batched_tokens: int  # at least max_num_seqs, so that every running row gets its token
+    max_num_batched_tokens: int  # above max_num_seqs, so that every running row gets its token and loads go on
+    # Whether a prompt's keys and values can be had by copying, without the model.
+    has_keys_and_values: Callable[[SoftPrompt], bool] = lambda prompt: prompt.kind == "kv"
     num_preemptions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.loading: dict[Prefix, PromptSequence] = {}
+        self._computing: dict[bytes, Sequence] = {}  # names of blocks of text that a running sequence will fill
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.loading)
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         if first:
-            self.waiting.appendleft(sequence)
+            self.waiting.add_first(sequence)
         else:
-            self.waiting.append(sequence)
+            self.waiting.add(sequence)
 
     def schedule(self) -> Step:
         """Choose rows under the token budget. Every row's blocks are there when this returns."""
         step = Step()
         budget = self.max_num_batched_tokens
-        turns = list(self.running)
+        turns = [sequence for sequence in self.running if self._may_run(sequence)]
+        loads = list(self.loading.values())
+        budget = self._add_loads(step, loads, budget - len(turns)) + len(turns)
         for turn, sequence in enumerate(turns, start=1):
             if sequence not in self.running:  # preempted for an earlier one
                 continue
             # A long prompt takes what the rows after it leave: one token each.
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget - (len(turns) - turn))
             if self._grow(sequence, sequence.num_computed_tokens + count):
-                budget -= count
-                self._add_row(step, sequence, count)
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._admit(step, sequence):
-                context = self.blocks.prefix(sequence.context_key)
-                if context is None or self.running:
-                    break
-                # Nothing will free blocks but the context itself: give it up and compute from the soft prompt on.
-                self.blocks.drop(context)
-                continue
-            self.waiting.popleft()
-            self.running.append(sequence)
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            budget -= count
-            self._add_row(step, sequence, count)
+                budget -= self._add_row(step, sequence, count)
+        budget = self._admit(step, budget)
+        self._add_loads(step, [load for load in self.loading.values() if load not in loads], budget)
+        if not self.running and not self.loading and self.waiting:
+            self._make_room_for(self.waiting.heads()[0])
         return step
 
     def remove(self, sequence: Sequence) -> bool:
         """Take a sequence out, wherever it is, and free its blocks; False if it was not here."""
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        else:
+        elif not self.waiting.remove(sequence):
             return False
         self._release(sequence)
         return True
 
-    def find_or_allocate(self, step: Step, prompt: SoftPrompt) -> Prefix | None:
-        """The prompt's prefix; if it is not resident, with blocks and a load in `step`. None: no blocks."""
+    def loaded(self, prefix: Prefix) -> None:
+        """The prefix's keys and values are in place: its requests may go on."""
+        prefix.ready = True
+        self._end_load(prefix)
+
+    def drop(self, prefix: Prefix) -> list[Sequence]:
+        """Give a prefix up, while it is being computed too; the sequences that stand on it, still running."""
+        self._end_load(prefix)
+        self.blocks.drop(prefix)
+        return [sequence for sequence in self.running if sequence.prefix is prefix]
+
+    def computed(self, row: Row) -> None:
+        """A row has run: what it filled of the text can be found by others from now on."""
+        sequence, size = row.sequence, self.blocks.block_size
+        sequence.num_computed_tokens = row.end
+        first = max(row.start // size, sequence.num_virtual_tokens // size)
+        if sequence.shares_text and first < row.end // size:
+            for index, name in enumerate(sequence.block_names(first, row.end // size, size), start=first):
+                self.blocks.name(sequence.block_table[index], name)
+                if self._computing.get(name) is sequence:
+                    del self._computing[name]
+
+    # -- admission -------------------------------------------------------------------------------------------------
+
+    def _admit(self, step: Step, budget: int) -> int:
+        """Start waiting sequences while there is budget and memory; what is left of the budget."""
+        admitted = True
+        while admitted and self.waiting:
+            admitted = False
+            for sequence in self.waiting.heads():
+                if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                    return budget
+                if self._is_being_computed(sequence):
+                    continue  # a twin is at it; in a moment its blocks can be shared
+                if not self._start(step, sequence):
+                    return budget  # nobody overtakes it to the blocks that are freed next
+                admitted = True
+                self.waiting.admit(sequence)
+                self.running.append(sequence)
+                if self._may_run(sequence):
+                    budget -= self._add_row(step, sequence, budget)
+        return budget
+
+    def _make_room_for(self, sequence: Sequence) -> None:
+        """Nothing runs and it does not fit: it gives up the context it scores against, and will compute it itself."""
+        context = self.blocks.prefix(sequence.context_key)
+        if context is not None:
+            self.blocks.drop(context)
+
+    def _start(self, step: Step, sequence: Sequence) -> bool:
+        """Give a waiting sequence its prefix and blocks for all its tokens, or change nothing it can see."""
+        prefix = self.blocks.prefix(sequence.context_key)
+        if prefix is None and sequence.prompt is not None:
+            prefix = self._find_or_load(step, sequence.prompt)
+            if prefix is None:
+                return False
+        names = self._names(sequence)
+        fork = self.blocks.fork(prefix, names, sequence.num_tokens)
+        if fork is None:
+            return False
+        sequence.prefix = prefix
+        sequence.block_table = fork.block_table
+        sequence.copies = fork.copies
+        sequence.num_computed_tokens = fork.num_tokens
+        if isinstance(sequence, GenerationSequence) and sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = fork.num_tokens - sequence.num_virtual_tokens
+        num_found = fork.num_tokens // self.blocks.block_size - sequence.num_virtual_tokens // self.blocks.block_size
+        for name in names[num_found:]:
+            self._computing.setdefault(name, sequence)
+        return True
+
+    def _find_or_load(self, step: Step, prompt: SoftPrompt) -> Prefix | None:
+        """The prompt's prefix; if it is not resident, with blocks and on its way. None: no blocks."""
         prefix = self.blocks.prefix(prompt.digest)
         if prefix is None:
             table = self.blocks.allocate(self.blocks.num_blocks_for(prompt.num_virtual_tokens))
             if table is None:
                 return None
-            prefix = Prefix(prompt.digest, prompt.num_virtual_tokens, table)
+            prefix = Prefix(prompt.digest, prompt.num_virtual_tokens, table, users=1)
             self.blocks.add(prefix)
-            step.loads.append((prompt, prefix))
+            if self.has_keys_and_values(prompt):
+                prefix.users = 0
+                prefix.ready = True
+                step.loads.append((prompt, prefix))
+            else:
+                self.loading[prefix] = PromptSequence([], prompt, block_table=table)
         return prefix
 
-    @staticmethod
-    def _add_row(step: Step, sequence: Sequence, count: int) -> None:
-        step.rows.append(Row(sequence, sequence.num_computed_tokens, sequence.num_computed_tokens + count))
+    def _names(self, sequence: Sequence) -> list[bytes]:
+        """Of the full blocks of its text that others may have, or may want, all but the last token's."""
+        if not sequence.reads_cached_text:
+            return []
+        size = self.blocks.block_size
+        return sequence.block_names(sequence.num_virtual_tokens // size, (sequence.num_tokens - 1) // size, size)
 
-    def _admit(self, step: Step, sequence: Sequence) -> bool:
-        """Give a waiting sequence its prefix and blocks for all its tokens, or change nothing it can see."""
-        prefix = self.blocks.prefix(sequence.context_key)
-        if prefix is None and sequence.prompt is not None:
-            prefix = self.find_or_allocate(step, sequence.prompt)
-            if prefix is None:
-                return False
-        if prefix is not None:
-            forked = self.blocks.fork(prefix)
-            if forked is None:
-                return False
-            sequence.prefix = prefix
-            sequence.block_table, copies = forked
-            sequence.num_computed_tokens = prefix.num_tokens
-        missing = self.blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        blocks = self.blocks.allocate(max(missing, 0))
-        if blocks is None:
-            self._release(sequence)
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether the next block that it would have to compute is on its way in another sequence."""
+        if not self._computing:
             return False
-        if prefix is not None:
-            step.copies += copies
-        sequence.block_table += blocks
-        return True
+        unknown = next((name for name in self._names(sequence) if not self.blocks.knows(name)), None)
+        return unknown is not None and self._computing.get(unknown, sequence) is not sequence
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _may_run(sequence: Sequence) -> bool:
+        return sequence.prefix is None or sequence.prefix.ready
+
+    @staticmethod
+    def _add_row(step: Step, sequence: Sequence, budget: int) -> int:
+        """As many tokens as there are and the budget allows; how many that is."""
+        start = sequence.num_computed_tokens
+        count = min(sequence.num_tokens - start, budget)
+        step.copies += sequence.copies
+        sequence.copies = []
+        step.rows.append(Row(sequence, start, start + count))
+        return count
+
+    def _add_loads(self, step: Step, loads: list[PromptSequence], budget: int) -> int:
+        for load in loads:
+            if budget > 0:
+                budget -= self._add_row(step, load, budget)
+        return budget
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for `num_tokens` positions, preempting the newest sequences; False if that was `sequence`."""
@@ -160,12 +242,20 @@ class Scheduler:
         """Back to the head of the queue; what it had computed is computed again later, bit for bit the same input."""
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add_first(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        for name in sequence.names:
+            if self._computing.get(name) is sequence:
+                del self._computing[name]
         self.blocks.release(sequence.block_table)
+        sequence.copies = []
         sequence.num_computed_tokens = 0
         if sequence.prefix is not None:
             self.blocks.unfork(sequence.prefix)
             sequence.prefix = None
+
+    def _end_load(self, prefix: Prefix) -> None:
+        if self.loading.pop(prefix, None) is not None:
+            self.blocks.unfork(prefix)

@@ -1,4 +1,4 @@
-"""One sequence in flight: token ids behind a soft prompt, and how far the model has come with them.
+"""One sequence in flight: what the model has to see, position by position, and how far it has come with it.
 
 Positions count virtual tokens: with n virtual tokens, text token i stands at position n + i. There are no phases:
 `num_computed_tokens` chases the number of tokens the model has to see, be it a long prompt or the last token.
@@ -6,15 +6,18 @@ Positions count virtual tokens: with n virtual tokens, text token i stands at po
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from app.engine import SamplingParams, Token
+from app.engine import Constraint, Logprob, SamplingParams, Token
 
 if TYPE_CHECKING:
     from app.engine.block_manager import Prefix
+    from app.engine.forward import Inputs
     from app.soft_prompt import SoftPrompt
 
 
@@ -24,9 +27,12 @@ class Sequence:
 
     token_ids: list[int]
     prompt: SoftPrompt | None = None
+    salt: str = ""  # text is shared between requests of the same salt only
     num_computed_tokens: int = 0  # positions whose keys and values are in `block_table`
     block_table: list[int] = field(default_factory=list)
     prefix: Prefix | None = None  # in use while the sequence holds blocks
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of blocks, to be made before its first row
+    names: list[bytes] = field(default_factory=list)  # of the full blocks of text, as far as they were needed
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -42,6 +48,39 @@ class Sequence:
         """Name of a longer prefix than the soft prompt to start from, if it is resident."""
         return None
 
+    @property
+    def shares_text(self) -> bool:
+        """Whether others may continue its text, so that its full blocks are worth finding."""
+        return False
+
+    @property
+    def reads_cached_text(self) -> bool:
+        return self.shares_text
+
+    def inputs(self, start: int, end: int) -> Inputs:
+        """What the model reads at positions [start, end): token ids, or embeddings."""
+        return self.token_ids[start - self.num_virtual_tokens : end - self.num_virtual_tokens]
+
+    def block_names(self, first: int, end: int, block_size: int) -> list[bytes]:
+        """Names of the blocks [first, end), which text fills; each hashes all that stands up to its end.
+
+        The chain starts from the prompt's digest and the salt, told apart by their lengths, so that no two prompts,
+        versions or tenants can meet in one name.
+        """
+        skipped = self.num_virtual_tokens // block_size
+        while skipped + len(self.names) < end:
+            index = skipped + len(self.names)
+            start = max(index * block_size - self.num_virtual_tokens, 0)
+            text = array("q", self.token_ids[start : (index + 1) * block_size - self.num_virtual_tokens])
+            self.names.append(hashlib.sha256(self._parent_name() + text.tobytes()).digest())
+        return self.names[first - skipped : end - skipped]
+
+    def _parent_name(self) -> bytes:
+        if self.names:
+            return self.names[-1]
+        digest, salt = (self.prompt.digest if self.prompt else "").encode(), self.salt.encode()
+        return b"%d:%d:%s%s" % (len(digest), len(salt), digest, salt)
+
     def num_logits(self, start: int, end: int) -> int:
         """How many of the last positions in [start, end) need logits."""
         raise NotImplementedError
@@ -56,32 +95,97 @@ class GenerationSequence(Sequence):
     """Samples tokens until a stop token or `max_tokens`."""
 
     params: SamplingParams = field(default_factory=SamplingParams)
+    constraint: Constraint | None = None
     emit: Callable[[Token | Exception], None] = lambda _: None
     num_prompt_tokens: int = field(init=False)
-    random: random.Random = field(init=False)
+    num_cached_tokens: int | None = None  # of the prompt text, known once it was admitted
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of the text's tokens from the second on
+    _random: random.Random = field(init=False)
+    _draw: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
         # One generator a sequence: the same seed draws the same numbers whatever else is in the batch, and
         # a preempted sequence goes on where it was.
         # As text, because random.Random takes an integer's absolute value.
-        self.random = random.Random(None if self.params.seed is None else str(self.params.seed))
+        self._random = random.Random(None if self.params.seed is None else str(self.params.seed))
+
+    @property
+    def shares_text(self) -> bool:
+        return True
+
+    @property
+    def reads_cached_text(self) -> bool:
+        """Log-probabilities of the prompt need every position computed."""
+        return self.params.prompt_logprobs is None
+
+    @property
+    def draw(self) -> float:
+        """Uniform in [0, 1): the next token's, the same however often its step is tried."""
+        if self._draw is None:
+            self._draw = self._random.random()
+        return self._draw
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
     def num_logits(self, start: int, end: int) -> int:
-        return int(end == self.num_tokens)
+        if self.params.prompt_logprobs is None or start >= self.num_virtual_tokens + self.num_prompt_tokens:
+            return int(end == self.num_tokens)
+        return max(0, end - max(start, self.num_virtual_tokens + len(self.prompt_logprobs)))
 
-    def append(self, token_id: int) -> bool:
-        """Take a sampled token; True when the generation has ended."""
+    def prompt_targets(self, start: int, end: int) -> list[int]:
+        """Prompt tokens that the positions in [start, end) with logits predict; the answer's first is not one."""
+        first = end - self.num_logits(start, end) - self.num_virtual_tokens + 1
+        return self.token_ids[first : min(end - self.num_virtual_tokens + 1, self.num_prompt_tokens)]
+
+    def append(self, token_id: int, logprob: Logprob | None) -> bool:
+        """Take a sampled token; True when the generation has ended. A constraint's exception is the caller's."""
+        self._draw = None
         if token_id in self.params.stop_token_ids:
-            self.emit(Token(None, "stop"))
+            self._emit(None, "stop", logprob)
             return True
+        complete = self.constraint is not None and self.constraint.accept(token_id)
         self.token_ids.append(token_id)
-        finished = len(self.token_ids) - self.num_prompt_tokens >= self.params.max_tokens
-        self.emit(Token(token_id, "length" if finished else None))
-        return finished
+        full = len(self.token_ids) - self.num_prompt_tokens >= self.params.max_tokens
+        self._emit(token_id, "stop" if complete else "length" if full else None, logprob)
+        return complete or full
+
+    def finish_without_answer(self) -> None:
+        """The prompt is computed and no token was asked for."""
+        self._emit(None, "length", None)
+
+    def _emit(self, token_id: int | None, finish_reason: Any, logprob: Logprob | None) -> None:
+        if len(self.token_ids) - self.num_prompt_tokens <= (token_id is not None):  # the first
+            found = (None, *self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
+            self.emit(Token(token_id, finish_reason, logprob, self.num_cached_tokens or 0, found))
+        else:
+            self.emit(Token(token_id, finish_reason, logprob))
 
     def fail(self, error: Exception) -> None:
         self.emit(error)
+
+
+@dataclass(eq=False)
+class PromptSequence(Sequence):
+    """A soft prompt's embeddings on their way through the model, once; nobody waits for it but its own requests."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return 0  # they are what it computes, not what it stands behind
+
+    @property
+    def num_tokens(self) -> int:
+        assert self.prompt is not None
+        return self.prompt.num_virtual_tokens
+
+    def inputs(self, start: int, end: int) -> Inputs:
+        assert self.prompt is not None
+        return self.prompt.tensor[start:end]
+
+    def num_logits(self, start: int, end: int) -> int:
+        return 0
 
 
 @dataclass(eq=False)
@@ -109,6 +213,10 @@ class ContextSequence(Sequence):
 
     def __post_init__(self) -> None:
         self.score.owner = self
+
+    @property
+    def shares_text(self) -> bool:
+        return True
 
     def num_logits(self, start: int, end: int) -> int:
         return int(end == self.num_tokens)

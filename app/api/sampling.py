@@ -1,0 +1,104 @@
+"""From the fields of a request to what the engine samples by, and from its log-probabilities to a reply's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from app.api.deps import State
+from app.api.schemas import MAX_OUTPUTS, GenerateRequest, JsonFormat, TextFormat, as_list
+from app.engine import MAX_SEED, Constraint, Logprob, SamplingParams
+from app.errors import InvalidRequest
+from app.manifest import Defaults
+
+T = TypeVar("T")
+
+DEFAULT_MAX_TOKENS = 128
+
+
+def check_count(body: GenerateRequest) -> None:
+    """Raises InvalidRequest for more answers than one request may ask for."""
+    members = len(body.task) if isinstance(body.task, list) else 1
+    count = len(as_list(body.input)) * body.n * members
+    if count > MAX_OUTPUTS:
+        param = "n" if body.n > 1 else "input" if members == 1 else "task"
+        raise InvalidRequest(f"{param}: {count} answers exceed {MAX_OUTPUTS} in one request", param=param)
+
+
+def sampling_params(
+    body: GenerateRequest, defaults: Defaults, room: int, eos_token_ids: frozenset[int], sample: int
+) -> SamplingParams:
+    """The request's own fields, then the version's defaults, then ours; for answer number `sample` of an input.
+
+    Only a `max_tokens` that the request did not ask for gives way to the `room` left in the context.
+    """
+    max_tokens = body.max_tokens
+    if max_tokens is None:
+        max_tokens = max(min(defaults.max_tokens or DEFAULT_MAX_TOKENS, max(room, 1)), body.min_tokens)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=_given(body.temperature, defaults.temperature, 0.0),
+        top_p=_given(body.top_p, defaults.top_p, 1.0),
+        top_k=_given(body.top_k, defaults.top_k, 0),
+        min_p=_given(body.min_p, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(body),
+        seed=body.seed if sample == 0 or body.seed is None else _another_seed(body.seed, sample),
+        stop_token_ids=(frozenset() if body.ignore_eos else eos_token_ids) | frozenset(body.stop_token_ids or ()),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs if sample == 0 else None,
+    )
+
+
+async def constraints(state: State, body: GenerateRequest, count: int) -> list[Constraint | None]:
+    """One for each answer. Raises InvalidRequest for a schema that is wrong or too large."""
+    wanted = body.response_format
+    if wanted is None or isinstance(wanted, TextFormat):
+        return [None] * count
+
+    def make() -> list[Constraint | None]:
+        compiler = state.constraints
+        made = (
+            compiler.json_schema(wanted.json_schema.json_schema)
+            if isinstance(wanted, JsonFormat)
+            else compiler.json_object()
+        )
+        return [made, *(made.clone() for _ in range(count - 1))]
+
+    return await anyio.to_thread.run_sync(make)
+
+
+def logprob_entries(tokenizer: Any, logprobs: Iterable[Logprob]) -> list[dict[str, Any]]:
+    """As a reply has them: each token by itself as text, which need not be whole characters, and as id."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token_id]), "id": token_id, "logprob": logprob}
+
+    return [
+        entry(found.id, found.logprob) | {"top_logprobs": [entry(*pair) for pair in found.top]} for found in logprobs
+    ]
+
+
+def _another_seed(seed: int, sample: int) -> int:
+    """Within 64 bits; another one for each sample of an input, and the request's own for the first."""
+    return (seed + sample * 0x9E3779B97F4A7C15) % MAX_SEED
+
+
+def _logit_bias(body: GenerateRequest) -> dict[int, float]:
+    try:
+        # Only what str(int) writes: "007" or " 7" would name one token twice.
+        ids = {token: int(token) for token in body.logit_bias or ()}
+        if any(str(token_id) != token for token, token_id in ids.items()):
+            raise ValueError
+    except ValueError:
+        raise InvalidRequest("logit_bias: a key is not a token id", param="logit_bias") from None
+    return {ids[token]: bias for token, bias in (body.logit_bias or {}).items()}
+
+
+def _given(*values: T | None) -> T:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,251 @@
+"""CUDA kernels for attention over blocks, and the choice among them.
+
+A kernel is not taken on trust: `choose_attention` runs it against the reference first, on the shapes it will serve.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from app.engine.paged_attention import Geometry, PagedAttention, PagedBatch, ReferenceAttention, paged_batch
+
+Kind = Literal["auto", "varlen", "flashinfer", "reference"]
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+FLASH2_PAGE = 256  # block sizes that torch's own FlashAttention-2 can page: multiples of this
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
+_CHECK_TOLERANCE = 3e-2  # of outputs of about 1, in bfloat16
+
+
+class Unavailable(Exception):
+    """This machine or model cannot have the implementation; the message says why."""
+
+
+def _active_flash_attention() -> str:
+    """The implementation behind torch's own attention: FA2, unless the process has activated another."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() or "FA2"
+
+
+def _load_varlen(geometry: Geometry) -> tuple[Callable[..., torch.Tensor], str]:
+    """torch's varlen_attn and the name of the kernel behind it. Raises Unavailable."""
+    if geometry.device.type != "cuda":
+        raise Unavailable("needs a CUDA device")
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"torch {torch.__version__} has no varlen_attn") from error
+    missing = {"block_table", "seqused_k", "enable_gqa", "num_splits"} - set(inspect.signature(varlen).parameters)
+    if missing:
+        raise Unavailable(f"varlen_attn of torch {torch.__version__} lacks {', '.join(sorted(missing))}")
+    active = _active_flash_attention()
+    if active == "FA2" and geometry.block_size % FLASH2_PAGE:
+        raise Unavailable(f"FlashAttention-2 pages blocks of multiples of {FLASH2_PAGE}, not {geometry.block_size}")
+    return varlen, active
+
+
+class VarlenAttention:
+    """torch.nn.attention.varlen over a block table: FlashAttention 2, or 3 where the process has activated it."""
+
+    graphs = True
+
+    def __init__(self, geometry: Geometry) -> None:
+        if geometry.dtype not in KERNEL_DTYPES or geometry.head_dim % 8 or geometry.head_dim > 256:
+            raise Unavailable(f"no kernel for {geometry.dtype} and heads of {geometry.head_dim}")
+        self._varlen, self._impl = _load_varlen(geometry)
+        self._geometry = geometry
+        self.name = f"varlen ({self._impl})"
+
+    def plan(self, batch: PagedBatch) -> None:
+        pass
+
+    def __call__(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int
+    ) -> torch.Tensor:
+        if window:
+            span = (window - 1, 0)  # its window is how far back, ours how many
+        else:
+            # One query per row sees all its keys. Not calling that causal lets FlashAttention-2 treat the heads that
+            # share a key head as queries of one tile.
+            span = (-1, -1) if batch.max_queries == 1 else (-1, 0)
+        return self._varlen(
+            q,
+            keys,
+            values,
+            batch.cu_queries,
+            # FlashAttention-2 wants them, though block table and `seqused_k` say it all; 3 refuses them.
+            batch.cu_keys if self._impl == "FA2" else None,
+            batch.max_queries,
+            batch.max_keys,
+            scale=self._geometry.scale,
+            window_size=span,
+            enable_gqa=True,
+            seqused_k=batch.num_keys,
+            block_table=batch.block_tables,
+            # More, or the default, leaves rows unwritten with a block table (pytorch#194167), and lets the other
+            # rows of a batch change one row's rounding.
+            num_splits=1,
+        )
+
+
+def _load_flashinfer(geometry: Geometry) -> Any:
+    if geometry.device.type != "cuda":
+        raise Unavailable("needs a CUDA device")
+    try:
+        return importlib.import_module("flashinfer")
+    except ImportError as error:
+        raise Unavailable("flashinfer is not installed") from error
+
+
+class FlashInferAttention:
+    """FlashInfer's wrappers (>= 0.6): the prefill kernel for mixed batches, the decode kernel inside graphs.
+
+    The `fa2` kernels, on every card: they page blocks of any size and clear what stands behind a row's end.
+    """
+
+    graphs = True
+    name = "flashinfer"
+
+    def __init__(self, geometry: Geometry) -> None:
+        if geometry.dtype not in KERNEL_DTYPES or geometry.head_dim not in FLASHINFER_HEAD_DIMS:
+            raise Unavailable(f"no kernel for {geometry.dtype} and heads of {geometry.head_dim}")
+        self._flashinfer = _load_flashinfer(geometry)
+        self._geometry = geometry
+        # One for all: kernels of one stream run one after the other. Zeros: FlashInfer counts in it.
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=geometry.device)
+        self._ragged = {
+            window: self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+            for window in geometry.windows
+        }
+        self._decode: dict[tuple[int, int], Any] = {}  # by rows and window
+
+    def plan(self, batch: PagedBatch) -> None:
+        """Both kernels read page lists instead of the batch's tensors; given on the CPU, planning waits for nothing."""
+        g, size = self._geometry, self._geometry.block_size
+        counts = [-(-length // size) for length in batch.key_lens]
+        indptr = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+        indices = torch.tensor(
+            [block for table, count in zip(batch.tables, counts, strict=True) for block in table[:count]],
+            dtype=torch.int32,
+        )
+        last = torch.tensor([(length - 1) % size + 1 for length in batch.key_lens], dtype=torch.int32)
+        shape = (g.num_heads, g.num_kv_heads, g.head_dim, size)
+        for window in g.windows:
+            options: dict[str, Any] = {
+                "window_left": window - 1,  # how far back; -1: no limit
+                "sm_scale": g.scale,
+                "q_data_type": g.dtype,
+                "kv_data_type": g.dtype,
+            }
+            if batch.static:
+                self._decoder(len(counts), window).plan(indptr, indices, last, *shape, **options)
+            else:
+                queries = torch.tensor([0, *batch.query_lens]).cumsum(0, dtype=torch.int32)
+                self._ragged[window].plan(queries, indptr, indices, last, *shape, causal=True, **options)
+
+    def _decoder(self, rows: int, window: int) -> Any:
+        if (rows, window) not in self._decode:
+            sizes = (rows + 1, rows * self._geometry.max_blocks, rows)
+            indptr, indices, last = (torch.zeros(n, dtype=torch.int32, device=self._geometry.device) for n in sizes)
+            self._decode[rows, window] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=self._geometry.num_heads >= 4 * self._geometry.num_kv_heads,
+                paged_kv_indptr_buffer=indptr,
+                paged_kv_indices_buffer=indices,
+                paged_kv_last_page_len_buffer=last,
+                backend="fa2",
+            )
+        return self._decode[rows, window]
+
+    def __call__(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int
+    ) -> torch.Tensor:
+        wrapper = self._decode[len(batch.num_keys), window] if batch.static else self._ragged[window]
+        out: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
+        return out
+
+
+def preferred_block_size(device: torch.device, dtype: torch.dtype, default: int) -> int:
+    """The block size to give the cache so that `auto` finds a kernel for it.
+
+    Only FlashAttention-2, which comes with torch, is particular about it.
+    """
+    if device.type != "cuda" or dtype not in KERNEL_DTYPES or torch.cuda.get_device_capability(device) < (8, 0):
+        return default
+    if importlib.util.find_spec("flashinfer") is not None or _active_flash_attention() != "FA2":
+        return default
+    return FLASH2_PAGE
+
+
+_KERNELS: dict[str, type[VarlenAttention] | type[FlashInferAttention]] = {
+    "flashinfer": FlashInferAttention,
+    "varlen": VarlenAttention,
+}
+
+
+def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[str]]:
+    """The implementation, and why not those before it. Raises Unavailable for a `kind` that cannot be had."""
+    reasons: list[str] = []
+    for name, kernel in _KERNELS.items():
+        if kind not in ("auto", name):
+            continue
+        try:
+            attention: PagedAttention = kernel(geometry)
+            check_attention(attention, geometry)
+            return attention, reasons
+        except Exception as error:  # a kernel may fail to build, to load or to launch, each in its own way
+            if kind == name:
+                raise Unavailable(f"{name} attention: {error}") from error
+            reasons.append(f"{name}: {error}")
+    return ReferenceAttention(geometry), reasons
+
+
+@torch.inference_mode()
+def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
+    """Compare with the reference, on a pool whose unused positions are not numbers. Raises Unavailable."""
+    g, size = geometry, geometry.block_size
+    most = g.max_blocks * size
+    # Ends in, at and just behind a block's end, as far as the model goes; long enough for a kernel to split the keys.
+    lengths = [min(n, most) for n in (1, size, size + 1, 2 * size + 3, 700, 1300)]
+    tables: list[list[int]] = []
+    for length in lengths:
+        first = 1 + sum(map(len, tables))
+        tables.append(list(range(first, first - (-length // size)))[::-1])
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(g.device, g.dtype)
+
+    pool = torch.full(
+        (2, 1 + sum(map(len, tables)), size, g.num_kv_heads, g.head_dim), torch.nan, dtype=g.dtype, device=g.device
+    )
+    for table, length in zip(tables, lengths, strict=True):
+        for i, block in enumerate(table):
+            filled = min(size, length - i * size)
+            pool[:, block, :filled] = random(2, filled, g.num_kv_heads, g.head_dim)
+    reference = ReferenceAttention(geometry)
+    exact = pool.float()
+    for query_lens, static in (
+        ([min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=True)], False),
+        ([1] * len(lengths), False),
+        ([1] * len(lengths), attention.graphs),
+    ):
+        batch = paged_batch(query_lens, lengths, tables, g.device, static=static)
+        plain = paged_batch(query_lens, lengths, tables, g.device)
+        q = random(sum(query_lens), g.num_heads, g.head_dim)
+        attention.plan(batch)
+        reference.plan(plain)
+        for window in g.windows:
+            ours = attention(q, pool[0], pool[1], batch, window).float()
+            theirs = reference(q.float(), exact[0], exact[1], plain, window)
+            error = float((ours - theirs).abs().max())
+            if not error < _CHECK_TOLERANCE:
+                kind = "static" if static else "ragged" if max(query_lens) > 1 else "single"
+                raise Unavailable(f"differs from the reference by {error:.3g} ({kind} batch, window {window})")

@@ -1,0 +1,1 @@
+"""The decoder in C for x86-64 CPUs with AVX2: a whole forward step in one call."""

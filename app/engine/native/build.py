@@ -1,0 +1,150 @@
+"""Compiles the kernel once and finds it again.
+
+A library is named by a digest of all that made it, and ends in a digest of its own bytes (the loader ignores what
+stands behind an ELF file), so that a damaged one is never loaded. `python -m app.engine.native.build` writes one
+beside the source, for images without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = ("kernel.c", "attention.h", "products.h", "vector.h", "decoder.h")  # the first includes the others
+FLAGS = (
+    *("-std=c11", "-D_GNU_SOURCE", "-O3", "-mavx2", "-mfma", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    # NOTE: the kernel promises the same bits for a row whatever surrounds it: which products are fused with a sum
+    # must not depend on how a loop was unrolled.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+_FOLDER = Path(__file__).resolve().parent
+_DIGEST_SIZE = hashlib.sha256().digest_size
+_COMPILERS = ("cc", "gcc", "clang")
+_TIMEOUT_S = 300
+
+
+class NativeUnavailable(Exception):
+    """This machine cannot build or run the kernel; `reason` says why. The caller has other ways to run the model."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the native decoder is not available: {reason}")
+        self.reason = reason
+
+
+def load_kernel(cache_dir: Path | None = None) -> ctypes.CDLL:
+    """The kernel, prebuilt, from `cache_dir` or compiled now. Raises NativeUnavailable."""
+    _require_cpu()
+    prebuilt = _prebuilt_path()
+    path = prebuilt if _is_whole(prebuilt) else build(cache_dir)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path.name} cannot be loaded: {error}") from error
+
+
+def build(cache_dir: Path | None = None) -> Path:
+    """Compile into `cache_dir` (default: softprompt/native in the user's cache) unless it is there already."""
+    folder = cache_dir or _default_cache_dir()
+    compiler = find_compiler()
+    path = folder / f"kernel-{_digest(_version(compiler))}.so"
+    if not _is_whole(path):
+        _compile(compiler, path)
+    return path
+
+
+def find_compiler() -> list[str]:
+    """The command in $CC, or the first compiler on the path. Raises NativeUnavailable."""
+    command = shlex.split(os.environ.get("CC", ""))
+    if command:
+        found = shutil.which(command[0])
+        if found is None:
+            raise NativeUnavailable(f"there is no compiler {command[0]!r} ($CC)")
+        return [found, *command[1:]]
+    for name in _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return [found]
+    raise NativeUnavailable(f"there is no C compiler ({', '.join(_COMPILERS)} or $CC)")
+
+
+def _require_cpu() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise NativeUnavailable(f"it needs Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise NativeUnavailable(f"the CPU's features cannot be read: {error}") from error
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    missing = [name for name in ("avx2", "fma") if name not in flags]
+    if missing:
+        raise NativeUnavailable(f"the CPU has no {' and no '.join(missing)}")
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((_FOLDER / name).read_bytes())
+    for part in (*FLAGS, *parts):
+        digest.update(b"\0" + part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"{compiler[0]} does not run: {error}") from error
+    return shlex.join(compiler) + done.stdout
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    """Write `path` at once, whole: another process may be building or loading the same."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+            output = Path(scratch) / path.name
+            command = [*compiler, *FLAGS, str(_FOLDER / SOURCES[0]), "-o", str(output), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            if done.returncode:
+                raise NativeUnavailable(f"{compiler[0]} failed: {done.stderr.strip()[-500:]}")
+            with output.open("ab") as file:
+                file.write(hashlib.sha256(output.read_bytes()).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            output.replace(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"the kernel cannot be built in {path.parent}: {error}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    content, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
+    return hashlib.sha256(content).digest() == digest
+
+
+def _prebuilt_path() -> Path:
+    return _FOLDER / f"kernel-{_digest()}.so"
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt" / "native"
+
+
+def main() -> None:
+    """Build beside the source."""
+    _compile(find_compiler(), _prebuilt_path())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+/* Products with packed matrices, in float and in int8, and how matrices are packed. */
+#pragma once
+#include "vector.h"
+
+typedef enum { STORE, ADD, GATE } Epilogue;
+
+/* Where a product goes. `columns` is how many floats of a row may be written, `base` the panel's first column. */
+typedef struct {
+    Epilogue epilogue;
+    float *out;
+    size_t stride, columns;
+} Target;
+
+INLINE void finish(const Target *t, float *row, size_t panel, __m256 a, __m256 b) {
+    if (t->epilogue == GATE) {
+        _mm256_storeu_ps(row + panel * (PANEL / 2), _mm256_mul_ps(silu8(a), b));
+        return;
+    }
+    float *out = row + panel * PANEL;
+    if (t->epilogue == ADD) {
+        a = _mm256_add_ps(_mm256_loadu_ps(out), a);
+        b = _mm256_add_ps(_mm256_loadu_ps(out + 8), b);
+    }
+    if (panel * PANEL + PANEL <= t->columns) {
+        _mm256_storeu_ps(out, a);
+        _mm256_storeu_ps(out + 8, b);
+    } else {
+        float tail[PANEL];
+        _mm256_storeu_ps(tail, a);
+        _mm256_storeu_ps(tail + 8, b);
+        memcpy(out, tail, (t->columns - panel * PANEL) * sizeof(float));
+    }
+}
+
+/* `ahead`: this far behind the weight being read, memory is asked for. */
+INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t, float *out, size_t ahead) {
+    const float *w = (const float *)m->panels + panel * PANEL * (size_t)m->k;
+    __m256 acc[MAX_ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+    for (size_t k = 0, end = (size_t)m->k; k < end; k++, w += PANEL) {
+        __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8);
+        _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m256 x = _mm256_broadcast_ss(a + r * lda + k);
+            acc[r][0] = _mm256_fmadd_ps(x, w0, acc[r][0]);
+            acc[r][1] = _mm256_fmadd_ps(x, w1, acc[r][1]);
+        }
+    }
+    const float *bias = m->bias + panel * PANEL;
+    __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+        finish(t, out + r * t->stride, panel, _mm256_add_ps(acc[r][0], b0), _mm256_add_ps(acc[r][1], b1));
+}
+
+/* GCC would keep a second copy of every sum in the loop, and run out of registers. */
+INLINE __m256i add_in_place(__m256i sum, __m256i term) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(term));
+    return sum;
+}
+
+/* Sums of int16 x int8 products in int32: exact, see `activation_limit`. */
+INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m, size_t panel, const Target *t, float *out, size_t ahead) {
+    size_t pairs = ((size_t)m->k + 1) / 2;
+    const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
+    __m256i acc[MAX_ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    for (size_t k = 0; k < pairs; k++, w += 2 * PANEL) {
+        __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+        __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 16)));
+        _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, a + r * lda + 2 * k, sizeof pair);
+            __m256i x = _mm256_set1_epi32(pair);
+            acc[r][0] = add_in_place(acc[r][0], _mm256_madd_epi16(x, w0));
+            acc[r][1] = add_in_place(acc[r][1], _mm256_madd_epi16(x, w1));
+        }
+    }
+    const float *bias = m->bias + panel * PANEL, *scale = m->scale + panel * PANEL;
+    __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
+    __m256 s0 = _mm256_loadu_ps(scale), s1 = _mm256_loadu_ps(scale + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        __m256 s = _mm256_set1_ps(a_scale[r]);
+        __m256 y0 = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[r][0]), s), s0);
+        __m256 y1 = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[r][1]), s), s1);
+        finish(t, out + r * t->stride, panel, _mm256_add_ps(y0, b0), _mm256_add_ps(y1, b1));
+    }
+}
+
+#define ROW_COUNTS(CALL) \
+    switch (rows) { \
+        case 1: CALL(1); break; \
+        case 2: CALL(2); break; \
+        case 3: CALL(3); break; \
+        case 4: CALL(4); break; \
+        case 5: CALL(5); break; \
+        default: CALL(6); break; \
+    }
+
+/* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. */
+static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from, size_t to) {
+    int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (size_t panel = from; panel < to; panel++)
+        for (int b = 0; b < blocks; b++) {
+            /* Blocks of equal size: 4 + 4 rows are faster than 6 + 2. */
+            size_t first = (size_t)num_rows * b / blocks;
+            int rows = (int)((size_t)num_rows * (b + 1) / blocks - first);
+            float *out = t.out + first * t.stride;
+            size_t lda = pad16(m->k);
+            if (d->model.quantized) {
+                const int16_t *a = d->quantized + first * lda;
+#define CALL(count) product_i8(count, a, lda, d->row_scale + first, m, panel, &t, out, 1024)
+                ROW_COUNTS(CALL)
+#undef CALL
+            } else {
+                const float *a = in + first * lda;
+#define CALL(count) product_f32(count, a, lda, m, panel, &t, out, 2048)
+                ROW_COUNTS(CALL)
+#undef CALL
+            }
+        }
+}
+
+/* The largest |q| of a quantised activation such that k products with weights of at most 127 fit an int32. */
+INLINE float activation_limit(int k) {
+    int limit = INT32_MAX / (127 * (k + 1));
+    return (float)min_int(limit, INT16_MAX);
+}
+
+/* A row to int16, x = q * scale. A row that is not finite becomes zeros with a NaN scale: NaN out, in that row only. */
+static void quantize(const float *x, int16_t *out, float *scale, int k) {
+    const __m256i magnitude = _mm256_set1_epi32(INT32_MAX);
+    __m256i largest = _mm256_setzero_si256(); /* the bits of a float's magnitude order as integers, NaN on top */
+    size_t n = pad16(k);
+    for (size_t i = 0; i < n; i += 8)
+        largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(x + i)), magnitude));
+    int32_t lanes[8], bits = 0;
+    _mm256_storeu_si256((__m256i *)lanes, largest);
+    for (int i = 0; i < 8; i++) bits = max_int(bits, lanes[i]);
+    float top;
+    memcpy(&top, &bits, sizeof top);
+    bool finite = bits < 0x7f800000;
+    if (!finite || top < 1e-30f) { /* below, 1 / top would overflow */
+        *scale = finite ? 0.0f : NAN;
+        memset(out, 0, n * sizeof *out);
+        return;
+    }
+    float limit = activation_limit(k);
+    *scale = top / limit;
+    __m256 inverse = _mm256_set1_ps(limit / top);
+    for (size_t i = 0; i < n; i += 16) {
+        __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
+        __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), inverse));
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+    }
+}
+
+/* ---- Packing ---- */
+
+INLINE float largest_magnitude(const float *w, int64_t k) {
+    float top = 0;
+    for (int64_t i = 0; i < k; i++) top = fabsf(w[i]) > top ? fabsf(w[i]) : top;
+    return top;
+}
+
+/* Rows of a matrix [rows][k] into zeroed panels: row r becomes output column first + r / 8 * step + r % 8.
+ * `step` is 8, or 16 for two matrices whose columns alternate. */
+EXPORT void softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t first, int64_t step, int32_t quantized,
+                            void *panels, float *scale) {
+    int64_t pairs = (k + 1) / 2;
+    for (int64_t group = 0; group < rows; group += 8) {
+        int64_t column = first + group / 8 * step, count = rows - group < 8 ? rows - group : 8;
+        const float *source = w + group * k;
+        if (quantized) {
+            int8_t *target = (int8_t *)panels + (column / PANEL * pairs * PANEL + column % PANEL) * 2;
+            float inverse[8];
+            for (int64_t r = 0; r < count; r++) {
+                float top = largest_magnitude(source + r * k, k);
+                scale[column + r] = top / 127;
+                inverse[r] = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
+            }
+            for (int64_t i = 0; i < k; i++)
+                for (int64_t r = 0; r < count; r++) {
+                    target[i / 2 * PANEL * 2 + r * 2 + i % 2] = (int8_t)rintf(source[r * k + i] * inverse[r]);
+                }
+        } else {
+            float *target = (float *)panels + column / PANEL * k * PANEL + column % PANEL;
+            for (int64_t i = 0; i < k; i++)
+                for (int64_t r = 0; r < count; r++) target[i * PANEL + r] = source[r * k + i];
+        }
+    }
+}
