@@ -280,10 +280,15 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def test_options_in_the_schema_are_not_taken(compiler: ConstraintCompiler) -> None:
-    constraint = compiler.json_schema({"type": "array", "x-guidance": {"whitespace_flexible": True}})
-    (space,) = tokens(" ")
-    assert space not in allowed(constraint)
+@pytest.mark.parametrize("options", [{"whitespace_flexible": True}, {"json_allowed_escapes": "n"}], ids=str)
+def test_options_in_the_schema_are_not_taken(compiler: ConstraintCompiler, options: dict[str, Any]) -> None:
+    schema = {"type": "array"}
+    plain, other = compiler.json_schema(schema), compiler.json_schema(schema | {"x-guidance": options})
+    for token in tokens('["\\'):
+        assert allowed(other) == allowed(plain)
+        plain.accept(token)
+        other.accept(token)
+    assert allowed(other) == allowed(plain)
 
 
 def test_compiled_schemas_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

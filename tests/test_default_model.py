@@ -7,7 +7,7 @@ import pytest
 from app.base_model import BaseModel
 from app.registry import Registry, Store
 from app.soft_prompt import SoftPrompt
-from tests.core_harness import Harness
+from tests.core_harness import BACKENDS, Harness
 from tests.peft_oracle import oracle_logits
 from tests.shipped import PROMPTS, SHIPPED
 
@@ -22,10 +22,13 @@ INPUTS = (
 )
 
 
-def test_shipped_prompts_equal_peft_alone(default_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shipped_prompts_equal_peft_alone(
+    backend: str, default_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = default_base
     registry = Registry(Store(PROMPTS), base.info)
-    harness = Harness(base.model, base.info, monkeypatch)
+    harness = Harness(base.model, base.info, monkeypatch, backend=backend)
     rows = []
     for number, name in enumerate([*SHIPPED, None, *SHIPPED, None]):
         pin = registry.pin(f"{name}:1") if name else None

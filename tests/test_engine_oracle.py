@@ -1,4 +1,4 @@
-"""Every row of a mixed batch equals PEFT's model with that adapter alone."""
+"""Every row of a mixed batch equals PEFT's model with that adapter alone, whatever runs the model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from tests.peft_oracle import (
     save_adapter,
     task_id,
 )
-from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_info, tiny_model
+from tests.tiny import ARCHITECTURES, FAMILY, VOCAB_SIZE, tiny_info, tiny_model
 
 NEW_TOKENS = 6
+PLACES = [(architecture, "transformers") for architecture in ARCHITECTURES]
+PLACES += [(architecture, backend) for architecture in FAMILY for backend in ("fused", "native")]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "backend"), PLACES)
 @pytest.mark.parametrize("peft_type", PEFT_TYPES)
 def test_mixed_batch_equals_peft_alone(
-    architecture: str, peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, backend: str, peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(architecture)
     info = tiny_info(model)
     rng = random.Random(f"{architecture} {peft_type}")
-    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=48)
+    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=48, backend=backend)
     folders: dict[int, Path] = {}
     prompts: dict[int, SoftPrompt] = {}
     for number, length in enumerate((1, 7, 20, 100)):
@@ -89,12 +91,12 @@ def test_greedy_tokens_equal_peft_generate(peft_type: str, tmp_path: Path, monke
         assert harness.ids(2 * row) != harness.ids(2 * row + 1), "the prompt has no effect"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "backend"), PLACES)
 def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(architecture)
-    harness = Harness(model, tiny_info(model), monkeypatch, max_num_batched_tokens=40)
+    harness = Harness(model, tiny_info(model), monkeypatch, max_num_batched_tokens=40, backend=backend)
     rng = random.Random(architecture)
     embeddings = model.get_input_embeddings().weight.detach()
     scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)  # Gemma 3 scales inside the layer
@@ -112,11 +114,13 @@ def test_embedding_rows_of_real_tokens_equal_the_tokens_as_text(
             assert (ours - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_equal_the_plain_forward(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("architecture", "backend"), PLACES)
+def test_scores_equal_the_plain_forward(
+    architecture: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(architecture)
     info = tiny_info(model)
-    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=32)
+    harness = Harness(model, info, monkeypatch, max_num_batched_tokens=32, backend=backend)
     folder = save_adapter(model, tmp_path, "PROMPT_TUNING", 7, seed=1)
     prompt = read_folder(folder, info).prompt
     rng = random.Random(0)

@@ -34,7 +34,7 @@ WEB = {
     "rich",
 }
 FORBIDDEN = {  # part of the product -> what it must never import, at any depth of its own files
-    "engine": WEB | {"tokenizers", "peft"},
+    "engine": WEB | {"tokenizers", "peft", "llguidance"},
     "engine/scheduler": {"torch", "transformers", "numpy"},
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},

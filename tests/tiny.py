@@ -22,16 +22,19 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from app.base_model import BaseModel, load_base_model
 from app.soft_prompt import BaseInfo
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "gemma3")
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # what the fused decoders cover
 VOCAB_SIZE = 128
 MAX_MODEL_LEN = 512
 EOS, UNK = "<|end|>", "<|unk|>"
@@ -68,19 +71,23 @@ def _config(architecture: str) -> PreTrainedConfig:
     match architecture:
         case "llama":
             return LlamaConfig(**common)
+        case "mistral":
+            return MistralConfig(**common, sliding_window=24)
         case "qwen2":
             return Qwen2Config(**common)
+        case "qwen3":
+            return Qwen3Config(**common, head_dim=8)
         case "gemma2":
             return Gemma2Config(**common, **gemma)
         case "gemma3":
             return Gemma3TextConfig(**common, **gemma)
-    raise ValueError(f"no tiny {architecture}; there are {ARCHITECTURES}")
+    raise ValueError(f"no tiny {architecture}; there are {ARCHITECTURES} and {FAMILY}")
 
 
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """A frozen random model: hidden 32, 3 layers, 4 heads (2 for KV, gpt2 4) of 8 (gemma 16), 512 positions.
 
-    The Gemma models have windows of 24 positions on the outer layers, and Gemma 2 caps its logits.
+    The Gemma models have windows of 24 positions on the outer layers, Mistral on all; Gemma 2 caps its logits.
     """
     config = _config(architecture)
     attention = "eager" if architecture == "gemma2" else "sdpa"  # sdpa would ignore the cap

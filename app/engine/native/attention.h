@@ -10,8 +10,10 @@ static void rms_norm(const float *x, const float *weight, float *out, size_t n, 
         squares = _mm256_fmadd_ps(v, v, squares);
     }
     __m256 scale = _mm256_set1_ps(1.0f / sqrtf(sum8(squares) / (float)n + eps));
-    for (size_t i = 0; i < n; i += 8)
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(weight + i), _mm256_mul_ps(_mm256_loadu_ps(x + i), scale)));
+    for (size_t i = 0; i < n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), scale);
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(weight + i), v));
+    }
 }
 
 /* The two halves of a head turn against each other; scaled on the way. */
@@ -58,7 +60,8 @@ static void rope_row(const Decoder *d, int layer_index, int row) {
 
 /* Scores of up to 3 query heads against n keys, 4 at a time. The last group repeats the last key: nothing behind a
  * row's end is read. `out` has room for 3 floats more. */
-INLINE void score(const int heads, const float *q, size_t dim, const float *keys, const size_t *offsets, int n, float *out, size_t stride) {
+INLINE void score(const int heads, const float *q, size_t dim, const float *keys, const size_t *offsets, int n,
+                  float *out, size_t stride) {
     for (int j = 0; j < n; j += 4) {
         const float *k[4];
         __m256 acc[3][4];
@@ -73,7 +76,8 @@ INLINE void score(const int heads, const float *q, size_t dim, const float *keys
             for (int i = 0; i < 4; i++) {
                 __m256 key = _mm256_loadu_ps(k[i] + c);
 #pragma GCC unroll 3
-                for (int h = 0; h < heads; h++) acc[h][i] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * dim + c), key, acc[h][i]);
+                for (int h = 0; h < heads; h++)
+                    acc[h][i] = _mm256_fmadd_ps(_mm256_loadu_ps(q + h * dim + c), key, acc[h][i]);
             }
 #pragma GCC unroll 3
         for (int h = 0; h < heads; h++) {
@@ -84,7 +88,8 @@ INLINE void score(const int heads, const float *q, size_t dim, const float *keys
 }
 
 /* out += sum over n keys of p * value, `vectors` registers of every head at once. */
-INLINE void mix_columns(const int heads, const int vectors, const float *p, size_t stride, const float *values, const size_t *offsets, int n, float *out, size_t dim) {
+INLINE void mix_columns(const int heads, const int vectors, const float *p, size_t stride, const float *values,
+                        const size_t *offsets, int n, float *out, size_t dim) {
     __m256 acc[3][4];
 #pragma GCC unroll 3
     for (int h = 0; h < heads; h++)
@@ -108,7 +113,8 @@ INLINE void mix_columns(const int heads, const int vectors, const float *p, size
         for (int i = 0; i < vectors; i++) _mm256_storeu_ps(out + h * dim + 8 * i, acc[h][i]);
 }
 
-INLINE void mix(const int heads, const float *p, size_t stride, const float *values, const size_t *offsets, int n, float *out, size_t dim) {
+INLINE void mix(const int heads, const float *p, size_t stride, const float *values, const size_t *offsets, int n,
+                float *out, size_t dim) {
     size_t c = 0;
     for (; c + 32 <= dim; c += 32) mix_columns(heads, 4, p, stride, values + c, offsets, n, out + c, dim);
     for (; c < dim; c += 8) mix_columns(heads, 1, p, stride, values + c, offsets, n, out + c, dim);

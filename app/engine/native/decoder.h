@@ -14,7 +14,6 @@
 #include <sys/mman.h>
 #include <time.h>
 
-
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
@@ -58,9 +57,9 @@ typedef struct {
 
 typedef struct {
     int64_t start, end, num_logits;
-    int64_t table, num_blocks;   /* offset into the block tables, and how many entries */
-    int64_t ids;                 /* offset into the token ids */
-    const float *embeddings;     /* [end - start][hidden] instead of ids, or NULL */
+    int64_t table, num_blocks; /* offset into the block tables, and how many entries */
+    int64_t ids;               /* offset into the token ids */
+    const float *embeddings;   /* [end - start][hidden] instead of ids, or NULL */
 } Span;
 
 /* ---- Inside ---- */
@@ -70,7 +69,10 @@ typedef struct {
     int32_t query_row, out_row;
 } QueryBlock;
 
-typedef enum { EMBED, NORM, QKV, ROPE, ATTEND, QUANT_O, O, MLP_NORM, GATE_UP, QUANT_DOWN, DOWN, FINAL_NORM, HEAD } Kind;
+/* Kinds of phases: NORM to DOWN once a layer. */
+typedef enum {
+    EMBED, NORM, QKV, ROPE, ATTEND, QUANT_O, O, MLP_NORM, GATE_UP, QUANT_DOWN, DOWN, FINAL_NORM, HEAD
+} Kind;
 enum { KINDS_PER_LAYER = DOWN - NORM + 1 };
 
 typedef struct Decoder Decoder;
@@ -99,7 +101,7 @@ struct Decoder {
     float *scores; /* [threads][score_rows][score_stride] */
     size_t row_capacity, score_stride;
 
-    /* Phase in the high half, number of chunks, next chunk: one word, so that who takes a chunk knows all three. */
+    /* The open phase, its number of chunks and the next one to take, in one word: see `ticket_of`. */
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int remaining;
     uint32_t step;
@@ -115,7 +117,8 @@ struct Decoder {
 
 enum { MAX_CHUNKS = 0xffff, MAX_PHASES = 0xffff };
 
-/* step 16 | phase 16 | chunks 16 | next chunk 16 */
+/* step 16 | phase 16 | chunks 16 | next chunk 16. Who takes a chunk by compare-and-swap knows all of them, and a thread
+ * that slept through a phase or a step takes nothing by mistake. */
 INLINE uint64_t ticket_of(uint32_t step, int phase, int chunks) {
     return (uint64_t)(step & 0xffff) << 48 | (uint64_t)phase << 32 | (uint64_t)chunks << 16;
 }

@@ -196,9 +196,13 @@ INLINE void relax(int *waits) {
     else sched_yield();
 }
 
+/* Rounding as ever, tiny numbers are 0: in every thread the same, whatever the caller has set. */
+enum { FLOAT_MODE = 0x9fc0 };
+
 static void *worker_main(void *argument) {
     Worker *self = argument;
     Decoder *d = self->decoder;
+    _mm_setcsr(FLOAT_MODE);
     for (;;) {
         pthread_mutex_lock(&d->mutex);
         while (is_idle(d) && !d->closing) pthread_cond_wait(&d->wake, &d->mutex);
@@ -279,7 +283,8 @@ static void lay_out(Decoder *d) {
         const Span *s = &d->spans[i];
         int start = (int)s->start, end = (int)s->end, from = end - (int)s->num_logits;
         d->num_blocks += query_blocks(d->blocks + d->num_blocks, i, start, end, row, row);
-        d->num_last_blocks += query_blocks(d->last_blocks + d->num_last_blocks, i, from, end, row + from - start, logit);
+        d->num_last_blocks +=
+            query_blocks(d->last_blocks + d->num_last_blocks, i, from, end, row + from - start, logit);
         for (int position = start; position < end; position++, row++) {
             d->row_span[row] = i;
             d->row_position[row] = position;
@@ -304,6 +309,8 @@ EXPORT int softprompt_step(Decoder *d, const Span *spans, int num_spans, const i
     d->num_rows = (int)rows, d->num_logits = (int)wanted;
     lay_out(d);
     d->step++;
+    const unsigned int mode = _mm_getcsr();
+    _mm_setcsr(FLOAT_MODE);
     advance(d, 0, 0);
     if (d->num_workers && !is_idle(d)) {
         pthread_mutex_lock(&d->mutex);
@@ -313,6 +320,7 @@ EXPORT int softprompt_step(Decoder *d, const Span *spans, int num_spans, const i
     for (int waits = 0; !is_idle(d);)
         if (work(d, 0)) waits = 0;
         else relax(&waits);
+    _mm_setcsr(mode);
     return OK;
 }
 

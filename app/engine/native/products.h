@@ -4,7 +4,7 @@
 
 typedef enum { STORE, ADD, GATE } Epilogue;
 
-/* Where a product goes. `columns` is how many floats of a row may be written, `base` the panel's first column. */
+/* Where a product goes. `columns` is how many floats of a row may be written. */
 typedef struct {
     Epilogue epilogue;
     float *out;
@@ -32,8 +32,9 @@ INLINE void finish(const Target *t, float *row, size_t panel, __m256 a, __m256 b
     }
 }
 
-/* `ahead`: this far behind the weight being read, memory is asked for. */
-INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t, float *out, size_t ahead) {
+/* Rows from `a` times one panel. Memory is asked for weights `ahead` bytes before they are needed. */
+INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t,
+                        float *out, size_t ahead) {
     const float *w = (const float *)m->panels + panel * PANEL * (size_t)m->k;
     __m256 acc[MAX_ROWS][2];
 #pragma GCC unroll 6
@@ -62,7 +63,8 @@ INLINE __m256i add_in_place(__m256i sum, __m256i term) {
 }
 
 /* Sums of int16 x int8 products in int32: exact, see `activation_limit`. */
-INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m, size_t panel, const Target *t, float *out, size_t ahead) {
+INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m,
+                       size_t panel, const Target *t, float *out, size_t ahead) {
     size_t pairs = ((size_t)m->k + 1) / 2;
     const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
     __m256i acc[MAX_ROWS][2];
@@ -104,7 +106,8 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
     }
 
 /* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. */
-static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from, size_t to) {
+static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from,
+                    size_t to) {
     int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (size_t panel = from; panel < to; panel++)
         for (int b = 0; b < blocks; b++) {
@@ -186,9 +189,8 @@ EXPORT void softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t fir
                 inverse[r] = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
             }
             for (int64_t i = 0; i < k; i++)
-                for (int64_t r = 0; r < count; r++) {
+                for (int64_t r = 0; r < count; r++)
                     target[i / 2 * PANEL * 2 + r * 2 + i % 2] = (int8_t)rintf(source[r * k + i] * inverse[r]);
-                }
         } else {
             float *target = (float *)panels + column / PANEL * k * PANEL + column % PANEL;
             for (int64_t i = 0; i < k; i++)

@@ -12,7 +12,8 @@ INLINE float sum8(__m256 v) {
 INLINE __m256 exp8(__m256 x) {
     const __m256 low = _mm256_set1_ps(-87.33654f), one = _mm256_set1_ps(1.0f);
     __m256 y = _mm256_min_ps(_mm256_set1_ps(88.37626f), _mm256_max_ps(low, x));
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(1.44269504f)),
+                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), y);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
     __m256 p = _mm256_set1_ps(1.9875691500e-4f);
