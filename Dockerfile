@@ -14,6 +14,10 @@ ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
+# For the native decoder, which the image brings ready: it has no compiler itself.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/softprompt
 COPY constraints.txt ./
 # torch alone first: by far the largest layer, and the one that changes least.
@@ -22,6 +26,9 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app ./app
 RUN /opt/softprompt/bin/pip wheel --no-deps --wheel-dir dist . \
  && /opt/softprompt/bin/pip install -c constraints.txt dist/*.whl
+# From a folder without sources, so that it is built for the installed package.
+WORKDIR /
+RUN /opt/softprompt/bin/python -m app.engine.native.build
 
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="softprompt" \

@@ -17,5 +17,6 @@ def local_engine(settings: Settings, base: BaseModel) -> LocalEngine:
         max_waiting=settings.max_waiting,
         kv_cache_tokens=settings.kv_cache_tokens,
         host_cache_bytes=settings.host_cache_bytes,
+        cache_dir=settings.cache_dir / "native",
         quantization=None if settings.quantization == "none" else settings.quantization,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,9 @@ log = logging.getLogger(__name__)
 Quantization = Literal["int8"]
 
 
-def build_forward(model: Any, info: BaseInfo, cache: KVCache, quantization: Quantization | None) -> Forward:
+def build_forward(
+    model: Any, info: BaseInfo, cache: KVCache, quantization: Quantization | None, cache_dir: Path | None = None
+) -> Forward:
     """The native decoder on a CPU, the torch decoder elsewhere, the model's own forward for other architectures.
 
     Raises InvalidBaseModel if `quantization` is asked for where only the native decoder could give it.
@@ -30,7 +33,10 @@ def build_forward(model: Any, info: BaseInfo, cache: KVCache, quantization: Quan
     weights = decoder_weights(model, info.max_model_len)
     if weights is not None and model.device.type == "cpu":
         try:
-            return NativeDecoder(weights, cache, quantization=quantization, num_threads=torch.get_num_threads())
+            num_threads = torch.get_num_threads()
+            return NativeDecoder(
+                weights, cache, quantization=quantization, num_threads=num_threads, cache_dir=cache_dir
+            )
         except (NativeUnavailable, ValueError) as error:
             reason = str(error)
             log.warning("the native decoder cannot be used: %s; torch runs the model, slower", reason)

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,14 @@ class LocalEngine:
         kv_cache_tokens: int | None = None,
         host_cache_bytes: int = HOST_CACHE_BYTES,
         quantization: Quantization | None = None,
+        cache_dir: Path | None = None,
         restart_delay: float = RESTART_DELAY,
     ) -> None:
         """`model` is a frozen `PreTrainedModel`.
 
-        `kv_cache_tokens` None takes a share of the memory; `max_num_batched_tokens` None goes by the device. Raises
-        ValueError for a model that takes gradients, InvalidBaseModel for a quantization that cannot be had here.
+        `kv_cache_tokens` None takes a share of the memory; `max_num_batched_tokens` None goes by the device;
+        `cache_dir` is where the native decoder is kept once it is compiled. Raises ValueError for a model that takes
+        gradients, InvalidBaseModel for a quantization that cannot be had here.
         """
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if trainable:
@@ -88,7 +91,7 @@ class LocalEngine:
         self._cache = KVCache(
             info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
-        self._forward = build_forward(model, info, self._cache, quantization)
+        self._forward = build_forward(model, info, self._cache, quantization, cache_dir)
         self._tolerance = INT8_TOLERANCE if quantization else TOLERANCE
         self._core = self._new_core()
         self._outbox = Outbox()
