@@ -43,6 +43,9 @@ train: setup ## Example: train a soft prompt and publish it as the task mood
 	$(BIN)/softprompt train mood --data examples/data/sentiment_mixed --classify \
 		--template '{input}\nSentiment:' --init-text 'Is the sentiment of the text negative or positive?'
 
+bench: setup model ## Measure this engine on a quiet machine (benchmarks/README.md has the peers and the rest)
+	$(BIN)/python -m benchmarks.run throughput --systems ours-fp32,ours-int8
+
 gpu-check: ## Check the CUDA path against transformers and time it (a GPU, torch, transformers and safetensors are enough)
 	$(PYTHON) scripts/gpu_check.py
 
@@ -53,4 +56,4 @@ ci: check test ## What CI runs
 
 clean: ## Remove the virtual environment and caches; the base model's cache stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find app tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find app benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
