@@ -47,7 +47,8 @@ _EXAMPLES: dict[str, Any] = {
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answers. With `stream`: an event per piece of text, one with `usage`, `[DONE]`.",
+        "description": "The answers. With `stream`: an event per piece of text, one with `usage`, `[DONE]`; the first "
+        "and the one with `usage` say what made them.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
@@ -141,15 +142,17 @@ class _Run:
         return {**self._identity, "outputs": outputs, "usage": self._usage()}
 
     async def stream(self, emit: Emit) -> None:
-        """The same in pieces, those of all inputs as they come."""
+        """The same in pieces, those of all inputs as they come. What made them is said first and last."""
+        made_by = self._identity
 
         async def relay(index: int, answer: Answer) -> None:
             begun = False
 
             async def deliver(piece: Piece) -> None:
-                nonlocal begun
-                await emit({**self._identity, **self._output(index, piece, first=not begun)})
-                begun = True
+                nonlocal begun, made_by
+                event = {**made_by, **self._output(index, piece, first=not begun)}
+                begun, made_by = True, {"id": self._identity["id"]}
+                await emit(event)
 
             await answer.read(deliver)
 

@@ -65,11 +65,15 @@ class EngineCore:
         if prefix is not None:
             self.blocks.drop(prefix)
 
-    def step(self) -> None:
-        """Advance every scheduled row. An exception fails the prompt or the rows that cause it and no others."""
+    def step(self, before_run: Callable[[], None] = lambda: None) -> None:
+        """Advance every scheduled row. An exception fails the prompt or the rows that cause it and no others.
+
+        `before_run` is called when all is ready for the model, which takes the time and not the interpreter's lock.
+        """
         step = self.scheduler.schedule()
         self._load(step)
         self.runner.cache.copy(step.copies)
+        before_run()
         rows = [row for row in step.rows if self._is_live(row)]
         try:
             output = self._run(rows)

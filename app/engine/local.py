@@ -296,7 +296,10 @@ class LocalEngine:
         while self._open:
             self._obey(wait=not self._core.has_work)
             if self._core.has_work:
-                self._core.step()
+                # What the last step found goes out while the model runs: the event loop's work on it would otherwise
+                # hold the interpreter's lock just when this thread needs it to go on.
+                self._core.step(before_run=self._outbox.flush)
+            if not self._core.has_work:
                 self._outbox.flush()
             self._last_turn = time.monotonic()
 

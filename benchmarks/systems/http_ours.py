@@ -59,9 +59,9 @@ class HttpOurs(Worker):
             body |= {"model": task, "prompt": request.token_ids, "ignore_eos": True}
             body["stream_options"] = {"include_usage": True}
         else:
-            # Text only, and the end of an answer is the model's choice: nearly the same work.
+            # Text only, which may come back from the tokenizer a token longer or shorter: nearly the same work.
             path = "/v1/generate"
-            body |= {"task": task, "input": self._tokenizer.decode(request.token_ids)}
+            body |= {"task": task, "input": self._tokenizer.decode(request.token_ids), "ignore_eos": True}
         return http_client.post(self._server.port, path, json.dumps(body).encode())
 
     def _task(self, spec: Spec, task: int) -> str:
