@@ -26,6 +26,7 @@ from app.base_model import BaseModel, load_base_model
 from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
+from app.errors import EngineFailed
 from app.local_engine import local_engine
 from app.registry import Registry, Store
 
@@ -90,7 +91,7 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
 def serve(settings: Settings) -> None:
     """Load everything, then answer requests until a signal says otherwise.
 
-    Raises InvalidSettings, InvalidBaseModel, NotReady.
+    Raises InvalidSettings, InvalidBaseModel, NotReady, and EngineFailed if the engine could not be kept alive.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if settings.host not in LOOPBACK:
@@ -119,6 +120,8 @@ def serve(settings: Settings) -> None:
         greeting=greeting,
     )
     server.run()
+    if engine.stats().given_up:
+        raise EngineFailed("the engine died again and again; the log has the errors")
 
 
 async def _refresh(registry: Registry) -> None:

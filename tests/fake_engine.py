@@ -90,6 +90,8 @@ class FakeEngine:
         self.max_model_len = 512
         self.backend = "nothing"
         self.seconds_since_progress = 0.0
+        self.ready = True
+        self.given_up = False
         self.logprobs: Callable[[list[int]], list[float]] = lambda tokens: [-0.5] * len(tokens)
         self.scale: Callable[[Call], float] = lambda call: 1.0  # of those, by prompt or text
         self.calls: list[Call] = []
@@ -160,7 +162,8 @@ class FakeEngine:
             host_bytes=0,
             preemptions=0,
             steps=0,
-            ready=not self.stopped,
+            ready=self.ready and not self.stopped,
+            given_up=self.given_up,
             restarts=0,
             seconds_since_progress=self.seconds_since_progress,
         )

@@ -56,6 +56,11 @@ def test_readiness(harness: Harness, client: TestClient, path: str) -> None:
         assert client.get("/livez").status_code == 200, "a dead engine is no reason to say the process is"
     finally:
         harness.engine.seconds_since_progress = 0.0
+    harness.engine.ready = False
+    try:
+        assert client.get(path).json()["detail"] == "engine: down"
+    finally:
+        harness.engine.ready = True
     harness.app.state.readiness.draining = True
     try:
         assert client.get(path).json()["detail"] == "server: draining"

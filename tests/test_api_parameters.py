@@ -81,6 +81,8 @@ def client(harness: Harness) -> Iterator[TestClient]:
         ({"input": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"input": "x", "logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
         ({"input": "x", "stop_token_ids": list(range(65))}, "stop_token_ids"),
+        ({"input": "x", "stop_token_ids": [128]}, "stop_token_ids"),
+        ({"input": "x", "stop_token_ids": [-1]}, "stop_token_ids"),
         ({"input": "x", "response_format": {"type": "yaml"}}, "response_format"),
         ({"input": "x", "response_format": {"type": "json_schema"}}, "response_format"),
         (
@@ -88,6 +90,8 @@ def client(harness: Harness) -> Iterator[TestClient]:
             "response_format",
         ),
         ({"input": "x", "cache_salt": ""}, "cache_salt"),
+        ({"input": ["x"] * 16, "n": 16, "logprobs": 20, "max_tokens": 500}, "logprobs"),
+        ({"input": ["x" * 500] * 100, "prompt_logprobs": 20}, "prompt_logprobs"),
         ({"input": "x", "unknown_field": 0.1}, "unknown_field"),
         ({"input": "x", "<script>": 1}, None),
     ],

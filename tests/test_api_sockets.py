@@ -139,3 +139,12 @@ def test_an_address_in_use() -> None:
         port: Any = taken.getsockname()[1]
         with pytest.raises(InvalidSettings, match=f"127.0.0.1 port {port}: Address already in use"):
             bind("127.0.0.1", port, stall_timeout=1.0)
+
+
+def test_a_server_whose_engine_has_given_up_ends(tmp_path: Path) -> None:
+    harness = Harness.create(tmp_path / "prompts")
+    with harness.listening() as listening:
+        assert listening.get("/livez")[0] == 200
+        harness.engine.given_up = True
+        listening.thread.join(timeout=10)
+        assert not listening.thread.is_alive()

@@ -254,6 +254,9 @@ async def test_what_can_be_refused_is_refused_at_the_door(start: Any) -> None:
     for bad in ([], [VOCAB_SIZE], [-1]):
         with pytest.raises(InvalidRequest):
             engine.generate(None, bad, greedy())
+    with pytest.raises(InvalidRequest) as caught:
+        engine.generate(None, TEXT, greedy(logit_bias={VOCAB_SIZE: 1.0}))
+    assert caught.value.param == "logit_bias"
     with pytest.raises(InvalidRequest, match="continuation"):
         await engine.score(None, TEXT, [[1], []])
     held = [engine.generate(None, TEXT, greedy(300)) for _ in range(2)]
@@ -445,7 +448,7 @@ async def test_an_engine_that_keeps_dying_stays_down(start: Any, monkeypatch: py
         with pytest.raises(EngineFailed):
             await collect(engine.generate(None, TEXT, greedy()))
     await wait_until(lambda: not engine._thread.is_alive())
-    assert not engine.stats().ready and engine.stats().restarts == 5
+    assert engine.stats().given_up and not engine.stats().ready and engine.stats().restarts == 5
     with pytest.raises(NotReady):
         engine.generate(None, TEXT, greedy())
 

@@ -50,7 +50,7 @@ async def classify(
         labels = _labels(body, [lease.version for lease in leases], len(inputs))
         work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
         scores = together(
-            lease.score(state.engine, text, targets)
+            lease.score(state.engine, text, targets, salt=body.cache_salt or "")
             for lease, (texts, targets) in zip(leases, work, strict=True)
             for text in texts
         )

@@ -15,7 +15,7 @@ from app.api.concurrency import disconnection, first, together
 from app.api.deps import State, StateDep
 from app.api.lease import Lease, leased
 from app.api.reply import encode, identity, prompt_headers, usage
-from app.api.sampling import check_count, constraints, logprob_entries, sampling_params
+from app.api.sampling import check_logprobs, check_request, constraints, logprob_entries, sampling_params
 from app.api.schemas import GenerateReply, GenerateRequest, as_list
 from app.api.stream import Emit, EventStream
 from app.engine import Logprob
@@ -63,7 +63,7 @@ async def generate(
     An ensemble answers by majority: the text that most members give, of those the one whose first giver is named
     first (Lester et al. 2021, section 6).
     """
-    check_count(body)
+    check_request(body, state.base.info.vocab_size)
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     async with leased(state, body.task) as leases:
@@ -123,6 +123,7 @@ class _Run:
         stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
         texts = await encode(self._tokenizer, [template.prompt(text) for text in as_list(body.input)])
         self._work.append((lease, texts))
+        check_logprobs(body, texts, defaults)
         for text in texts:
             room = state.engine.max_model_len - lease.num_virtual_tokens - len(text)
             for sample in range(body.n):

@@ -49,12 +49,12 @@ class Lease:
             raise
 
     async def score(
-        self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]]
+        self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, salt: str = ""
     ) -> list[list[float]]:
         """`Engine.score` behind this version."""
         give_back = self.share()
         try:
-            return await engine.score(self.prompt, token_ids, continuations, on_release=give_back)
+            return await engine.score(self.prompt, token_ids, continuations, salt=salt, on_release=give_back)
         except Exception:
             # The call was refused, or it failed and the engine has given back already. A cancelled one is neither:
             # the engine still holds the prompt and gives back itself.

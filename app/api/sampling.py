@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import anyio.to_thread
 
 from app.api.deps import State
-from app.api.schemas import MAX_OUTPUTS, GenerateRequest, JsonFormat, TextFormat, as_list
+from app.api.schemas import MAX_LOGPROB_ENTRIES, MAX_OUTPUTS, GenerateRequest, JsonFormat, TextFormat, as_list
 from app.engine import MAX_SEED, Constraint, Logprob, SamplingParams
 from app.errors import InvalidRequest
 from app.manifest import Defaults
@@ -18,13 +18,29 @@ T = TypeVar("T")
 DEFAULT_MAX_TOKENS = 128
 
 
-def check_count(body: GenerateRequest) -> None:
-    """Raises InvalidRequest for more answers than one request may ask for."""
+def check_request(body: GenerateRequest, vocab_size: int) -> None:
+    """Raises InvalidRequest for more answers than one request may ask for, and for tokens that do not exist."""
     members = len(body.task) if isinstance(body.task, list) else 1
     count = len(as_list(body.input)) * body.n * members
     if count > MAX_OUTPUTS:
         param = "n" if body.n > 1 else "input" if members == 1 else "task"
         raise InvalidRequest(f"{param}: {count} answers exceed {MAX_OUTPUTS} in one request", param=param)
+    bad = next((token_id for token_id in body.stop_token_ids or () if not 0 <= token_id < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"stop_token_ids: {bad} is not in the vocabulary of {vocab_size}", param="stop_token_ids")
+
+
+def check_logprobs(body: GenerateRequest, texts: Sequence[Sequence[int]], defaults: Defaults) -> None:
+    """Raises InvalidRequest for more log-probabilities than one reply may carry."""
+    count = 0
+    if body.prompt_logprobs is not None:
+        count += sum(map(len, texts)) * (1 + body.prompt_logprobs)
+    if body.logprobs is not None:
+        max_tokens = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
+        count += len(texts) * body.n * max_tokens * (1 + body.logprobs)
+    if count > MAX_LOGPROB_ENTRIES:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidRequest(f"{param}: up to {count} exceed {MAX_LOGPROB_ENTRIES} in one reply", param=param)
 
 
 def sampling_params(

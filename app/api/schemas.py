@@ -15,12 +15,17 @@ MAX_INPUTS = 256
 MAX_OUTPUTS = 256  # inputs times n
 MAX_MEMBERS = 16  # of an ensemble
 MAX_BIASES = 1024
+MAX_LOGPROB_ENTRIES = 1_000_000  # in one reply, some 60 bytes each
 Reference = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=MAX_MEMBERS)] | None,
     Field(
         description="`task`, `task:7`, `task@alias` or `task@sha256:<digest>`; absent or the base model's id: "
         "the bare base model. Several make an ensemble: one batch, one combined answer"
     ),
+]
+CacheSalt = Annotated[
+    str | None,
+    Field(min_length=1, max_length=200, description="Cached text is shared only among requests of the same salt"),
 ]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
 Input = Annotated[
@@ -106,10 +111,7 @@ class GenerateRequest(_Strict):
         TextFormat | JsonObjectFormat | JsonFormat | None,
         Field(discriminator="type", description="JSON, or JSON by a schema: the answer cannot be anything else"),
     ] = None
-    cache_salt: Annotated[
-        str | None,
-        Field(min_length=1, max_length=200, description="Cached text is shared only among requests of the same salt"),
-    ] = None
+    cache_salt: CacheSalt = None
     stream: Annotated[bool, Field(description="Answer with server-sent events")] = False
     raw: Annotated[bool, Field(description="Apply neither the version's template nor its defaults")] = False
 
@@ -117,6 +119,7 @@ class GenerateRequest(_Strict):
 class ClassifyRequest(_Strict):
     task: Reference = None
     input: Input
+    cache_salt: CacheSalt = None
     labels: Annotated[
         list[Label] | None,
         Field(min_length=2, max_length=1_000, description="Labels to choose from; the version's if absent"),

@@ -107,6 +107,8 @@ class Server(uvicorn.Server):
             self._close_at = time.monotonic() + self._drain_delay
 
     async def on_tick(self, counter: int) -> bool:
+        if self._engine.stats().given_up:
+            return True  # whoever runs this process can start a new one; waiting would mend nothing
         return await super().on_tick(counter) or time.monotonic() >= self._close_at
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

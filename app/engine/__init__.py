@@ -120,6 +120,7 @@ class EngineStats:
     preemptions: int
     steps: int
     ready: bool  # False while it is down: not started, stopped, or dead and not yet restarted
+    given_up: bool  # it has died too often and will not start again
     restarts: int
     seconds_since_progress: float  # of the engine thread, idle turns included
 

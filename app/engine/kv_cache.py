@@ -6,6 +6,18 @@ import torch
 
 from app.soft_prompt import BaseInfo
 
+CPU_CACHE_BYTES = 2**30
+GPU_CACHE_SHARE = 0.8  # of the memory that the model leaves free
+
+
+def default_num_tokens(info: BaseInfo, dtype: torch.dtype, device: torch.device, block_size: int) -> int:
+    """Positions that fit the default share of memory, at least one whole context."""
+    per_token = info.num_layers * 2 * info.num_kv_heads * info.head_dim * dtype.itemsize
+    memory = CPU_CACHE_BYTES
+    if device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE)
+    return max(memory // per_token, info.max_model_len + 2 * block_size)
+
 
 class KVCache:
     """Keys and values of all blocks: [num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim]."""

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from app.engine import Constraint, EngineStats, SamplingParams
 from app.engine.attention_kernels import preferred_block_size
 from app.engine.backend import Quantization, build_forward
@@ -25,8 +23,9 @@ from app.engine.block_manager import BlockManager
 from app.engine.core import EngineCore
 from app.engine.generation import LocalGeneration, Outbox, post
 from app.engine.host_cache import HostCache
-from app.engine.kv_cache import KVCache
+from app.engine.kv_cache import KVCache, default_num_tokens
 from app.engine.model_runner import ModelRunner, self_check
+from app.engine.restarts import RESTART_DELAY, Restarts
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
@@ -36,8 +35,6 @@ log = logging.getLogger(__name__)
 
 IDLE_TURN = 0.5  # seconds between signs of life of an idle engine
 BLOCK_SIZE = 16  # positions, where the device's attention does not want another
-CPU_CACHE_BYTES = 2**30
-GPU_CACHE_SHARE = 0.8  # of the memory that the model leaves free
 HOST_CACHE_BYTES = 2**30
 # Tokens of prompt text in one step: as many as the device computes in about the time that reading the weights takes,
 # so that a long prompt delays running streams little and wastes little.
@@ -46,9 +43,6 @@ GPU_BATCHED_TOKENS = 2048
 # Relative to the largest logit, so that low precision passes and wrong masks do not.
 TOLERANCE = 5e-2
 INT8_TOLERANCE = 0.2
-MAX_RESTARTS = 5  # within RESTART_WINDOW
-RESTART_WINDOW = 600.0  # seconds
-RESTART_DELAY = 1.0  # seconds, doubled with every restart in the window
 
 
 class LocalEngine:
@@ -80,7 +74,9 @@ class LocalEngine:
         self._info = info
         self._max_in_flight = max_num_seqs + max_waiting
         self._block_size = block_size = preferred_block_size(model.device, model.dtype, BLOCK_SIZE)
-        num_blocks = 1 + -(-(kv_cache_tokens or _default_cache_tokens(model, info, block_size)) // block_size)
+        if kv_cache_tokens is None:
+            kv_cache_tokens = default_num_tokens(info, model.dtype, model.device, block_size)
+        num_blocks = 1 + -(-kv_cache_tokens // block_size)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
         self._num_blocks = num_blocks
@@ -95,8 +91,7 @@ class LocalEngine:
         self._tolerance = INT8_TOLERANCE if quantization else TOLERANCE
         self._core = self._new_core()
         self._outbox = Outbox()
-        self._restarts: list[float] = []  # when
-        self._restart_delay = restart_delay
+        self._restarts = Restarts(restart_delay)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._door = threading.Lock()  # guards the three below; held for a moment only
@@ -223,7 +218,8 @@ class LocalEngine:
             preemptions=self._scheduler.num_preemptions,
             steps=self._core.num_steps,
             ready=self._open,
-            restarts=len(self._restarts),
+            given_up=self._restarts.exhausted,
+            restarts=self._restarts.count,
             seconds_since_progress=time.monotonic() - self._last_turn,
         )
 
@@ -305,20 +301,18 @@ class LocalEngine:
 
     def _restart(self) -> bool:
         """Begin anew after a while, unless the engine was stopped or dies again and again."""
-        now = time.monotonic()
-        recent = sum(then > now - RESTART_WINDOW for then in self._restarts)
         if self._stopping.is_set():
             return False
-        if recent >= MAX_RESTARTS:
-            log.critical("the engine died %d times in %.0f s and stays down", recent + 1, RESTART_WINDOW)
+        delay = self._restarts.next_delay()
+        if delay is None:
+            log.critical("the engine died again and again and stays down")
             return False
-        if self._stopping.wait(self._restart_delay * 2**recent):
+        if self._stopping.wait(delay):
             return False
         self._core = self._new_core()
         with self._door:
             if self._stopping.is_set():
                 return False
-            self._restarts.append(now)
             self._open = True
         log.warning("the engine has started again")
         return True
@@ -337,12 +331,3 @@ class LocalEngine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             return
-
-
-def _default_cache_tokens(model: Any, info: BaseInfo, block_size: int) -> int:
-    """Positions that fit the default share of memory, at least one whole context."""
-    per_token: int = info.num_layers * 2 * info.num_kv_heads * info.head_dim * model.dtype.itemsize
-    memory = CPU_CACHE_BYTES
-    if model.device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
-    return max(memory // per_token, info.max_model_len + 2 * block_size)
