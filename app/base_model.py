@@ -132,6 +132,7 @@ def describe(model: PreTrainedModel, *, name: str, fingerprint: str, max_model_l
     positions = [n for n in (getattr(config, "max_position_embeddings", None), max_model_len) if n is not None]
     if not positions:
         raise InvalidBaseModel(f"{architecture} names no context length: set SOFTPROMPT_MAX_MODEL_LEN")
+    _require_fixed_rotation(config, architecture, min(positions))
     return BaseInfo(
         name=name,
         fingerprint=fingerprint,
@@ -155,6 +156,23 @@ def _require_causal_attention(config: PreTrainedConfig) -> None:
     other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
     if other:
         raise InvalidBaseModel(f"{kind} has {', '.join(sorted(other))} layers, which keep no plain keys and values")
+
+
+def _require_fixed_rotation(config: Any, architecture: str, max_model_len: int) -> None:
+    """Some rotary scalings take other frequencies for the whole batch as soon as one text in it is long.
+
+    A row would then depend on its neighbours, and keys that were computed before would no longer fit.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]  # one for each kind of layer
+    for found in nested or [parameters]:
+        kind = found.get("rope_type", "default")
+        limit = found.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and max_model_len > limit:
+            raise InvalidBaseModel(
+                f"{architecture} scales its rotary positions ({kind}) by the longest text of a batch beyond {limit} "
+                f"positions: set SOFTPROMPT_MAX_MODEL_LEN to at most {limit}"
+            )
 
 
 def _load_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

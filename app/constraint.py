@@ -14,17 +14,21 @@ from collections import OrderedDict
 from collections.abc import Collection
 from functools import cached_property
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 
-from app.errors import EngineFailed, InvalidRequest
+from app.errors import EngineFailed, InvalidRequest, Overloaded
 from app.strict_json import shorten
+
+T = TypeVar("T")
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_CACHED = 32  # compiled schemas
+MAX_REFUSALS = 256  # remembered, because finding out again may cost a second each
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
 TRIAL_SECONDS = 20  # by the clock, for a trial whose second of processor time comes slowly on a busy machine
 
 # Separators as Python writes them, because white space of the model's choice may have no end; nothing is lenient,
@@ -101,48 +105,79 @@ class ConstraintCompiler:
         self._hf_tokenizer = tokenizer
         self._eos_token_ids = sorted(eos_token_ids)
         self._vocab_size = vocab_size
-        self._compiled: OrderedDict[str, JsonConstraint] = OrderedDict()  # least recently used first
-        self._lock = Lock()
+        self._compiled: OrderedDict[str, JsonConstraint] = OrderedDict()  # least recently used first, as in the next
+        self._refusals: OrderedDict[str, str] = OrderedDict()  # messages
+        self._lock = Lock()  # guards both
         self._trial = Lock()  # hostile schemas get one processor together
 
     def json_object(self) -> JsonConstraint:
         """Any JSON object."""
-        return self.json_schema({"type": "object"})
+        return self.json_schema(ANY_OBJECT)
+
+    def find(self, schema: dict[str, Any]) -> JsonConstraint | None:
+        """What `json_schema` would give or raise, if that is known or soon found out; else None."""
+        return self._find(_serialise(schema))
 
     def json_schema(self, schema: dict[str, Any]) -> JsonConstraint:
         """JSON that fits the schema, in one line, properties in the schema's order.
 
         Raises InvalidRequest (param "response_format") for a schema that is no schema, is larger than 64 KiB, asks
-        for what cannot be guaranteed, e.g. `not` or a remote `$ref`, or takes too long to compile.
+        for what cannot be guaranteed, e.g. `not` or a remote `$ref`, or takes too long to compile; Overloaded if this
+        machine is too busy to tell.
         """
         text = _serialise(schema)
+        if found := self._find(text):
+            return found
+        with self._trial:
+            # Once more: another one may have asked for the same while this one waited.
+            return self._find(text) or self._compile(text)
+
+    def _find(self, text: str) -> JsonConstraint | None:
         with self._lock:
+            if text in self._refusals:
+                self._refusals.move_to_end(text)
+                raise InvalidRequest(self._refusals[text], param="response_format")
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text].clone()
-        constraint = self._compile(text)
-        with self._lock:
-            self._compiled[text] = constraint
-            if len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
-        return constraint.clone()
+        return None
 
     def _compile(self, text: str) -> JsonConstraint:
+        try:
+            constraint = self._first_of(text)
+        except InvalidRequest as error:
+            with self._lock:
+                _remember(self._refusals, text, error.message, MAX_REFUSALS)
+            raise
+        with self._lock:
+            _remember(self._compiled, text, constraint, MAX_CACHED)
+        return constraint.clone()
+
+    def _first_of(self, text: str) -> JsonConstraint:
         try:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
         except ValueError as error:
             raise _refused(str(error)) from error
-        with self._trial:
-            _try(grammar)
+        _try(grammar)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         constraint = JsonConstraint(matcher, self._vocab_size)
         if not constraint.mask().any():
             raise _refused("no text fits it")
+        for beginning in ("{", "[{"):  # only there an object turns out to have too many properties to choose from
+            begun = matcher.deep_copy()
+            begun.try_consume_tokens(self._tokenizer.tokenize_str(beginning))
+            JsonConstraint(begun, self._vocab_size).mask()
         return constraint
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         return from_tokenizer(self._hf_tokenizer, eos_token=self._eos_token_ids)
+
+
+def _remember(memory: OrderedDict[str, T], text: str, value: T, limit: int) -> None:
+    memory[text] = value
+    if len(memory) > limit:
+        memory.popitem(last=False)
 
 
 def _serialise(schema: dict[str, Any]) -> str:
@@ -171,7 +206,8 @@ def _try(grammar: str) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise _refused("it takes too long to compile") from None
+        # Hostile or not: processor time is what it ran out of first, on a machine that had some.
+        raise Overloaded("the JSON schema could not be tried in time") from None
     if done.returncode:
         raise _refused("it takes too long, or too much memory, to compile")
     if done.stdout:

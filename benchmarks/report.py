@@ -15,14 +15,18 @@ TITLES = {
     "tasks": "Distinct tasks",
     "ttft": "Time to first token over the length of the soft prompt",
     "decode": "One row against the memory bandwidth",
+    "score": "Classification among 77 labels",
     "memory": "Memory a task",
     "soak": "Memory over many requests",
 }
+
+COMPARED = ("throughput", "ttft", "step", "input")  # as ratios
 
 
 def render(result: Mapping[str, Any]) -> str:
     """One result as markdown."""
     parts = [f"## {TITLES[result['experiment']]}", _setting(result)]
+    parts += [f"**NOT COMPARABLE: {problem}**" for problem in result.get("problems", [])]
     if "samples" in result:
         parts.append(_memory(result))
         return "\n\n".join(parts) + "\n"
@@ -32,15 +36,36 @@ def render(result: Mapping[str, Any]) -> str:
         title = summary.METRICS[metric][0]
         digits: Callable[[float], str] = lambda value: f"{value:,.1f}" if value < 100 else f"{value:,.0f}"  # noqa: E731
         parts.append(_table(title, result["axes"], systems, summary.table(result, metric), digits))
-        if metric in ("throughput", "ttft", "step") and len(systems) > 1:
+        if metric not in COMPARED:
+            continue
+        if len(systems) > 1:
             over = summary.ratios(result, metric, baseline)
             parts.append(_table(f"{title}: ratio over {baseline}", result["axes"], systems, over, "{:.2f}".format))
+        if result.get("interleaved") and (over := summary.point_ratios(result, metric)):
+            first = ", ".join(f"{axis} {value}" for axis, value in zip(result["axes"], next(iter(over)), strict=True))
+            title += f": ratio over {first} in the same repeat"
+            parts.append(_table(title, result["axes"], systems, over, "{:.3f}".format))
     if "read_bandwidth" in result:
         parts.append(_roofline(result))
     if result.get("agreement"):
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in result["agreement"].items())
-        parts.append(f"Answers whose first four tokens are those of the first float32 system: {shares}.")
+        four = result.get("agreement_of_four", {})
+        shares = ", ".join(
+            f"{name} {share:.1%} ({four.get(name, 0):.1%})" for name, share in result["agreement"].items()
+        )
+        parts.append(f"Answers whose first token (first four) is that of the first float32 system: {shares}.")
+    parts += _answers(result)
+    if result.get("left_out"):
+        parts.append("Left out: " + "; ".join(result["left_out"]) + ".")
     return "\n\n".join(parts) + "\n"
+
+
+def _answers(result: Mapping[str, Any]) -> list[str]:
+    """How the first answer begins over HTTP, where only texts come back: servers that do the same work say the same."""
+    shown: dict[str, str] = {}
+    for run in result["runs"]:
+        if run.get("texts"):
+            shown.setdefault(run["system"], f"{run['system']} ({run['tokens']} tokens): {run['texts'][0][:120]!r}")
+    return ["The first answers over HTTP:\n\n" + "\n".join(f"- {line}" for line in shown.values())] if shown else []
 
 
 def _setting(result: Mapping[str, Any]) -> str:

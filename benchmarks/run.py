@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         say(f"written to {arguments.json}")
     print(report.render(result))
+    if result.get("problems"):
+        sys.exit(1)
 
 
 def throughput(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def tasks(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
         )
         for count in arguments.tasks
     ]
-    return _measure(arguments, options, points, metrics=["throughput", "ttft"])
+    return _measure(arguments, options, points, metrics=["throughput", "ttft"], interleave=True)
 
 
 def ttft(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
@@ -81,7 +84,15 @@ def ttft(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
         for state in (WARM, COLD)
         if virtual or state == WARM
     ]
-    return _measure(arguments, options, points, metrics=["ttft"])
+    return _measure(arguments, options, points, metrics=["ttft"], interleave=True)
+
+
+def score(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """Classification of one input at a time among 77 labels, against one prefill of it and against 77."""
+    virtual = arguments.virtual[0]
+    spec = _spec(arguments, rows=1, virtual=virtual, tasks=arguments.tasks[0], requests=arguments.requests or 4, new=1)
+    points = [Point({"work": work}, replace(spec, work=work)) for work in ("generate", "score", "prefills")]
+    return _measure(arguments, options, points, metrics=["input", "computed"], interleave=True)
 
 
 def decode(arguments: argparse.Namespace, options: Options) -> dict[str, Any]:
@@ -97,6 +108,7 @@ EXPERIMENTS: dict[str, Any] = {
     "tasks": tasks,
     "ttft": ttft,
     "decode": decode,
+    "score": score,
     "memory": memory.per_task,
     "soak": memory.soak,
 }
@@ -105,6 +117,7 @@ DEFAULTS: dict[str, tuple[list[int], list[int], list[int], int, int]] = {
     "throughput": ([1, 8, 32, 64], [20, 100], [8], 32, 64),
     "tasks": ([32], [20], [1, 8, 64, 1000], 32, 16),
     "ttft": ([1], [0, 20, 100, 400], [1], 32, 1),
+    "score": ([1], [20], [1], 32, 1),
     "decode": ([1], [20], [1], 32, 64),
     "memory": ([64], [20], [1000], 32, 64),
     "soak": ([16], [20], [8], 8, 2),
@@ -116,14 +129,16 @@ def _spec(arguments: argparse.Namespace, **fields: int) -> Spec:
 
 
 def _measure(
-    arguments: argparse.Namespace, options: Options, points: list[Point], metrics: list[str]
+    arguments: argparse.Namespace, options: Options, points: list[Point], metrics: list[str], interleave: bool = False
 ) -> dict[str, Any]:
-    measured = measure(arguments.systems, points, arguments.repeats, options)
+    measured = measure(arguments.systems, points, arguments.repeats, options, interleave=interleave)
     exact = [name for name in arguments.systems if SYSTEMS[name].exact]
     result = {"axes": list(points[0].key), "metrics": metrics, "baseline": arguments.baseline, **measured}
     if any(run.get("bytes_sent") for run in measured["runs"]):
         result["metrics"] = [*metrics, "sent", "received"]
     result["agreement"] = summary.agreement(result, exact)
+    result["agreement_of_four"] = summary.agreement(result, exact, first=4)
+    result["problems"] = summary.problems(result, exact)
     result["workload"] = {"text": arguments.text, "new": arguments.new, "repeats": arguments.repeats}
     return result
 

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+# One answer a request; the log-probabilities of all labels behind it; the same by a generation a label.
+Work = Literal["generate", "score", "prefills"]
 
 PROMPT_NOISE = 0.1  # of the table's own deviation: a trained prompt starts at real tokens and moves a little
+LABEL_TOKENS = 6  # of the longest label
 EXAMPLES = Path(__file__).parent.parent / "examples" / "data"
 
 
@@ -30,12 +33,20 @@ class Spec:
     text: int = 32
     new: int = 64
     tasks: int = 8
+    room: int = 0  # new tokens of the longest run to come, for a system that sets memory aside: a warm-up makes fewer
+    work: Work = "generate"
+    labels: int = 77  # of an input, where `work` is about labels
     prompt_seed: int = 0  # another seed makes other soft prompts, which no cache knows
     text_seed: int = 0  # another one in every run, so that no cache knows the texts
 
     @property
     def num_requests(self) -> int:
         return self.requests or self.rows
+
+    @property
+    def capacity(self) -> int:
+        """New tokens that an answer must have room for."""
+        return max(self.new, self.room)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -61,6 +72,13 @@ class Workload:
         random = np.random.default_rng([spec.text_seed, 1])
         starts = random.integers(0, len(self._pool) - spec.text, spec.num_requests)
         return [Request(i % spec.tasks, self._pool[s : s + spec.text].tolist()) for i, s in enumerate(starts)]
+
+    def labels(self, spec: Spec) -> list[list[int]]:
+        """Continuations of 1 to 6 tokens of real text, the same for every run."""
+        random = np.random.default_rng([spec.labels, 3])
+        starts = random.integers(0, len(self._pool) - LABEL_TOKENS, spec.labels)
+        lengths = random.integers(1, LABEL_TOKENS + 1, spec.labels)
+        return [self._pool[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
 
     @lru_cache(maxsize=4096)  # noqa: B019 - one object a process
     def prompt(self, spec_key: tuple[int, int], task: int) -> Floats:

@@ -21,8 +21,6 @@ from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.engine.transformers_forward import TransformersForward
 from app.engine.weights import decoder_weights
-
-# LATER
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 TOLERANCE = 1e-3
@@ -78,9 +76,12 @@ class Harness:
     ) -> None:
         cache = KVCache(info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device)
         self.blocks = BlockManager(num_blocks, block_size)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
         forward = make_forward(backend, model, info, cache)
-        self.core = EngineCore(self.blocks, self.scheduler, ModelRunner(forward, cache, HostCache(host_cache_bytes)))
+        runner = ModelRunner(forward, cache, HostCache(host_cache_bytes))
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs, max_num_batched_tokens, has_keys_and_values=runner.has_keys_and_values
+        )
+        self.core = EngineCore(self.blocks, self.scheduler, runner)
         self.tokens: dict[int, list[Token | Exception]] = {}
         self.logits: dict[int, list[torch.Tensor]] = {}
         self.released: list[int] = []

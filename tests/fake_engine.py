@@ -58,11 +58,15 @@ class FakeGeneration(AsyncIterator[Token]):
         first = call.taken == 1
         logprobs: tuple[Logprob | None, ...] | None = None
         if first and call.params.prompt_logprobs is not None:
-            logprobs = (None, *(Logprob(token_id, -0.25) for token_id in call.token_ids[1:]))
+            logprobs = (None, *(Logprob(token_id, engine.logprob / 2) for token_id in call.token_ids[1:]))
         if finish == "stop":
             return Token(None, finish, None, engine.num_cached_tokens * first, logprobs)
         chosen = script[position]
-        logprob = None if call.params.logprobs is None else Logprob(chosen, -0.5, ((chosen, -0.5), (5, -1.5)))
+        logprob = (
+            None
+            if call.params.logprobs is None
+            else Logprob(chosen, engine.logprob, ((chosen, engine.logprob), (5, -1.5)))
+        )
         return Token(chosen, finish, logprob, engine.num_cached_tokens * first, logprobs)
 
     async def aclose(self) -> None:
@@ -82,6 +86,7 @@ class FakeEngine:
         self.answer = list(answer)  # token ids of every answer, then a stop token
         self.answers: dict[str, list[int]] = {}  # of some prompts, by digest
         self.num_cached_tokens = 0
+        self.logprob = -0.5  # of every token of an answer; half of it, of every token of a prompt
         self.delay = 0.0  # seconds before each token and each score
         self.endless = False
         self.fail_after: tuple[int, Exception] | None = None

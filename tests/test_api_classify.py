@@ -99,6 +99,13 @@ def test_failures_give_the_pin_back(harness: Harness, client: TestClient, failur
     assert harness.num_pins == 0
 
 
+def test_labels_that_the_model_never_gives(harness: Harness, client: TestClient) -> None:
+    harness.engine.logprobs = lambda tokens: [-math.inf] * len(tokens)
+    reply = client.post("/v1/classify", json={"task": "sentiment", "input": "x"})
+    assert reply.status_code == 200
+    assert list(reply.json()["results"][0]["probabilities"].values()) == pytest.approx([1 / 3] * 3)
+
+
 def test_unknown_task(client: TestClient) -> None:
     assert client.post("/v1/classify", json={"task": "nope", "input": "x"}).status_code == 404
 
@@ -106,4 +113,5 @@ def test_unknown_task(client: TestClient) -> None:
 def test_softmax_is_safe() -> None:
     assert softmax([-1e5, -1e5 - math.log(3)]) == pytest.approx([0.75, 0.25])
     assert softmax([-math.inf, 0.0]) == [0.0, 1.0]
+    assert softmax([-math.inf] * 4) == [0.25] * 4
     assert sum(softmax([-0.1 * i for i in range(1000)])) == pytest.approx(1, abs=1e-15)

@@ -90,7 +90,7 @@ def test_a_cancelled_score_is_the_engines_to_give_back(
 ) -> None:
     kept: list[Callable[[], None]] = []
 
-    async def score(*_: Any, on_release: Callable[[], None]) -> list[list[float]]:
+    async def score(*_: Any, on_release: Callable[[], None], **__: Any) -> list[list[float]]:
         kept.append(on_release)
         await asyncio.Event().wait()
         return []

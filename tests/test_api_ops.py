@@ -157,10 +157,24 @@ def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> N
     assert "#/$defs/" not in text and "HTTPValidationError" not in text
 
 
+def test_what_only_some_replies_have_is_documented_as_optional(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    expected = {
+        "GenerateReply": {"members"},
+        "ClassifyReply": {"members"},
+        "Output": {"logprobs", "prompt_logprobs", "votes"},
+        "TokenLogprob": set(),
+        "TopLogprob": set(),
+        "Usage": set(),
+    }
+    assert {name: schemas[name]["properties"].keys() - schemas[name]["required"] for name in expected} == expected
+
+
 def test_documented_replies_are_what_is_sent(harness: Harness, client: TestClient) -> None:
     """The replies that bypass FastAPI's own serialisation, against the models that document them."""
     harness.publish("documented")
-    reply = client.post("/v1/generate", json={"task": "documented", "input": "x"})
+    body = {"task": "documented", "input": "x", "logprobs": 1, "prompt_logprobs": 0}
+    reply = client.post("/v1/generate", json=body)
     assert GenerateReply.model_validate_json(reply.content, extra="forbid")
     reply = client.post("/v1/classify", json={"task": "documented", "input": "x", "labels": ["a", "b"]})
     assert ClassifyReply.model_validate_json(reply.content, extra="forbid")

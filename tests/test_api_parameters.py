@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
+from app.api.schemas import GenerateRequest
 from tests.api_harness import Harness
 
 
@@ -83,6 +85,9 @@ def client(harness: Harness) -> Iterator[TestClient]:
         ({"input": "x", "stop_token_ids": list(range(65))}, "stop_token_ids"),
         ({"input": "x", "stop_token_ids": [128]}, "stop_token_ids"),
         ({"input": "x", "stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"input": "x", "stop_token_ids": [10**19]}, "stop_token_ids"),
+        ({"input": "x", "max_tokens": 0, "n": 2, "prompt_logprobs": 0}, "n"),
+        ({"input": ["x"] * 16, "n": 8, "logprobs": 20, "min_tokens": 500}, "logprobs"),
         ({"input": "x", "response_format": {"type": "yaml"}}, "response_format"),
         ({"input": "x", "response_format": {"type": "json_schema"}}, "response_format"),
         (
@@ -104,3 +109,15 @@ def test_bad_parameters_are_named(
     assert reply.json()["error"]["param"] == param
     assert "<script>" not in reply.text
     assert not harness.engine.calls
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**31, 10**19])
+def test_token_ids_have_bounds_whatever_the_vocabulary(token_id: int) -> None:
+    with pytest.raises(ValidationError, match="stop_token_ids"):
+        GenerateRequest.model_validate({"input": "x", "stop_token_ids": [token_id]})
+
+
+def test_logprobs_count_only_what_may_be_generated(client: TestClient) -> None:
+    body = {"input": ["x"] * 256, "logprobs": 20, "prompt_logprobs": 0}
+    assert client.post("/v1/generate", json={**body, "max_tokens": 500}).status_code == 400
+    assert client.post("/v1/generate", json={**body, "max_tokens": 0}).status_code == 200

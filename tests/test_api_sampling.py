@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from starlette.testclient import TestClient
 
+from app.api.deps import MAX_WAITING_SCHEMAS
+from app.api.json_text import JsonText, dump_json
+from app.api.logprobs import TokenTexts, logprob_entries
 from app.constraint import JsonConstraint
-from app.engine import SamplingParams
-from app.errors import Overloaded
+from app.engine import Logprob, SamplingParams
+from app.errors import InvalidRequest, Overloaded
 from app.manifest import Defaults
-from tests.api_harness import NUM_VIRTUAL_TOKENS, Harness, events
+from tests.api_harness import NUM_VIRTUAL_TOKENS, Harness, events, wait_until
 
 
 @pytest.fixture
@@ -120,6 +130,105 @@ def test_no_answer_but_the_logprobs_of_the_input(harness: Harness, client: TestC
     assert harness.engine.calls[-1].params.max_tokens == 0
 
 
+def test_impossible_tokens_have_a_finite_logprob(harness: Harness, client: TestClient) -> None:
+    harness.engine.logprob = -math.inf
+    body = {"input": "abc", "logprobs": 1, "prompt_logprobs": 0}
+    [output] = post(client, **body)["outputs"]
+    streamed = events(client.post("/v1/generate", json={**body, "stream": True}).text)
+    for found in (output, streamed[0]):
+        assert [entry["logprob"] for entry in found["prompt_logprobs"][1:]] == [-9999.0] * 2
+        assert {entry["logprob"] for entry in found["logprobs"]} == {-9999.0}
+        assert {top["logprob"] for entry in found["logprobs"] for top in entry["top_logprobs"]} == {-9999.0, -1.5}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tokens_of_a_large_reply_are_decoded_once_and_not_in_the_event_loop(
+    harness: Harness, client: TestClient, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    decoded: list[int] = []
+    threads: set[int] = set()
+    tokenizer = harness.base.tokenizer
+    decode, generate = tokenizer.decode, harness.engine.generate
+    loops: set[int] = set()
+
+    def recording(ids: list[int], **options: Any) -> Any:
+        if not options:  # else it is for the text of the answer
+            decoded.extend(ids)
+            threads.add(threading.get_ident())
+        return decode(ids, **options)
+
+    def generate_in_loop(*args: Any, **kwargs: Any) -> Any:
+        loops.add(threading.get_ident())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "decode", recording)
+    monkeypatch.setattr(harness.engine, "generate", generate_in_loop)
+    texts = ["abcdefghij" * 50] * 4
+    for _ in range(2):
+        reply = client.post("/v1/generate", json={"input": texts, "prompt_logprobs": 0, "stream": streamed})
+        assert reply.status_code == 200
+        outputs = (
+            [event for event in events(reply.text) if "prompt_logprobs" in event]
+            if streamed
+            else reply.json()["outputs"]
+        )
+        assert [len(output["prompt_logprobs"]) for output in outputs] == [len(harness.tokens(text)) for text in texts]
+    assert decoded and len(decoded) == len(set(decoded))
+    assert threads and not threads & loops
+
+
+def longest_silence(work: Callable[[], Awaitable[object]]) -> float:
+    """Seconds for which the event loop stood still during the work, at most; the best of some tries."""
+
+    async def attempt() -> float:
+        longest, last = 0.0, time.monotonic()
+
+        async def tick() -> None:
+            nonlocal longest, last
+            while True:
+                await asyncio.sleep(0.001)
+                now = time.monotonic()
+                longest, last = max(longest, now - last), now
+
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0.005)
+        await work()
+        await asyncio.sleep(0.005)
+        ticking.cancel()
+        return longest
+
+    return min(asyncio.run(attempt()) for _ in range(3))
+
+
+def test_a_large_reply_does_not_stop_the_event_loop(harness: Harness) -> None:
+    texts = TokenTexts(harness.base.tokenizer)
+    found = [None, *(Logprob(i % 128, -i / 7, tuple((j, -j / 3) for j in range(20))) for i in range(10_000))]
+    written: list[bytes] = []
+
+    async def work() -> None:
+        entries = await anyio.to_thread.run_sync(logprob_entries, texts, found)
+        written.append(dump_json({"id": "x", "outputs": [{"index": 0, "prompt_logprobs": entries}]}))
+
+    assert longest_silence(work) < 0.1
+    first, *entries = json.loads(written[0])["outputs"][0]["prompt_logprobs"]
+    assert first is None and len(entries) == 10_000
+    decode = harness.base.tokenizer.decode
+    for entry, item in zip(entries, found[1:], strict=True):
+        assert item is not None and [entry["id"], entry["logprob"]] == [item.id, item.logprob]
+        assert [(top["id"], top["logprob"]) for top in entry["top_logprobs"]] == list(item.top)
+        assert entry["token"] == decode([item.id])
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_json_text_is_part_of_json(ascii_only: bool) -> None:
+    value = {"é": [1, 2.5, None, True, [], {}, {"\u2028": 'a"\n€'}], "empty": {}, "": ""}
+    found = dump_json(value, ascii_only=ascii_only)
+    assert found == json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":")).encode()
+    assert dump_json({"a": [{"b": JsonText("[1]")}, JsonText("2")]}) == b'{"a":[{"b":[1]},2]}'
+    with pytest.raises(ValueError):
+        dump_json({"bad": [math.nan]})
+
+
 def test_logprobs_that_were_not_asked_for_are_not_there(client: TestClient) -> None:
     assert post(client, input="abc")["outputs"][0].keys() == {"index", "text", "finish_reason"}
 
@@ -147,6 +256,41 @@ def test_a_constraint_for_every_answer(harness: Harness, client: TestClient, res
     assert int(word) >> start % 32 & 1
     post(client, input="a", response_format={"type": "text"})
     assert harness.engine.calls[-1].constraint is None
+
+
+def test_expensive_schemas_wait_for_each_other_and_nobody_else(
+    harness: Harness, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than there are threads for everything: the rest is answered all the same."""
+    harness.publish("task")
+    go_on = threading.Event()
+    trials: list[str] = []
+
+    def slow(grammar: str) -> None:
+        trials.append(grammar)
+        go_on.wait(20)
+        raise InvalidRequest("too slow", param="response_format")
+
+    client.post("/v1/generate", json={"input": "x", "response_format": {"type": "json_object"}})
+    monkeypatch.setattr("app.constraint._try", slow)
+
+    def ask(number: int) -> int:
+        schema = {"type": "json_schema", "json_schema": {"schema": {"const": number}}}
+        return client.post("/v1/generate", json={"input": "x", "response_format": schema}).status_code
+
+    with ThreadPoolExecutor(60) as threads:
+        asked = [threads.submit(ask, number) for number in range(60)]
+        try:
+            wait_until(lambda: sum(future.done() for future in asked) >= 60 - 1 - MAX_WAITING_SCHEMAS)
+            assert post(client, task="task", input="x")["version"] == 1
+            assert post(client, task="task", input="x", response_format={"type": "json_object"})["outputs"], "is known"
+            assert len(trials) == 1
+        finally:
+            go_on.set()
+        statuses = Counter(future.result() for future in asked)
+    assert statuses == {503: 60 - 1 - MAX_WAITING_SCHEMAS, 400: 1 + MAX_WAITING_SCHEMAS}
+    assert ask(int(json.loads(trials[0])["grammars"][0]["json_schema"]["const"])) == 400, "at once"
+    assert len(trials) == 1 + MAX_WAITING_SCHEMAS
 
 
 # -- ensembles -----------------------------------------------------------------------------------------------------
@@ -179,6 +323,15 @@ def test_each_member_has_its_own_template_and_defaults(harness: Harness, client:
     assert [call.token_ids for call in harness.engine.calls] == [harness.tokens(text) for text in ("x?", "x!", "x")]
     assert [call.params.max_tokens for call in harness.engine.calls] == [3, 128, 128]
     assert [member["task"] for member in body["members"]] == ["one", "two", None]
+
+
+def test_members_may_have_the_same_bytes_but_not_be_the_same(harness: Harness, client: TestClient) -> None:
+    digests = {harness.publish(task, 0.1).version.digest for task in ("one", "two")}
+    assert len(digests) == 1
+    body = post(client, task=["one", "two"], input="x")
+    assert [(member["task"], member["version"]) for member in body["members"]] == [("one", 1), ("two", 1)]
+    reply = client.post("/v1/generate", json={"task": ["one", "two", "one:1"], "input": "x"})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "task"
 
 
 def test_a_list_of_one_is_no_ensemble(harness: Harness, client: TestClient) -> None:

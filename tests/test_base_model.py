@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from app import base_model
-from app.base_model import BaseModel, load_base_model, pick_device, pick_dtype
+from app.base_model import BaseModel, describe, load_base_model, pick_device, pick_dtype
 from app.errors import InvalidBaseModel
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_base, tiny_info, tiny_model, tiny_tokenizer
 
@@ -367,3 +367,26 @@ def test_the_default_model(default_base: BaseModel) -> None:
     ids = default_base.tokenizer("The capital of France is", return_tensors="pt").input_ids
     after = int(default_base.model(ids).logits[0, -1].argmax())
     assert default_base.tokenizer.decode([after]) == " Paris"
+
+
+@pytest.mark.parametrize(
+    ("rope", "fine"),
+    [
+        ({"rope_type": "default", "rope_theta": 10_000.0}, True),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}, True),  # up to the model's own length
+        (
+            {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 256},
+            False,
+        ),
+    ],
+)
+def test_a_rotation_that_depends_on_the_longest_row_is_refused(rope: dict[str, Any], fine: bool) -> None:
+    model = tiny_model("llama")
+    model.config.rope_parameters = rope
+    if fine:
+        describe(model, name="x", fingerprint="y")
+    else:
+        with pytest.raises(InvalidBaseModel, match="SOFTPROMPT_MAX_MODEL_LEN to at most 256"):
+            describe(model, name="x", fingerprint="y")
+        assert describe(model, name="x", fingerprint="y", max_model_len=256).max_model_len == 256

@@ -20,7 +20,7 @@ from app.base_model import BaseModel
 from app.constraint import ConstraintCompiler, JsonConstraint
 from app.engine import SamplingParams
 from app.engine.sampler import Sampled, SamplingRow, sample
-from app.errors import EngineFailed, InvalidRequest
+from app.errors import EngineFailed, InvalidRequest, Overloaded
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer
 
 
@@ -72,7 +72,7 @@ def write(
     params = SamplingParams(max_tokens=limit)
     while len(ids) < limit:
         logits = 2 * torch.randn(1, vocab_size, generator=generator)
-        (found,) = sample(logits, [SamplingRow(params, rng.random(), [], ids, constraint)])
+        (found,) = sample(logits, [SamplingRow(params, rng.random(), ids, 0, constraint)])
         assert isinstance(found, Sampled), found
         if found.id in tokenizer.all_special_ids:
             break
@@ -178,7 +178,7 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer(vocab_size: in
     compiler = ConstraintCompiler(tiny_tokenizer(), {0}, vocab_size)
     mask = allowed(compiler.json_schema({"type": "string"}), vocab_size)
     assert mask and max(mask) < VOCAB_SIZE
-    found = sample(torch.randn(1, vocab_size), [SamplingRow(SamplingParams(), 0.5, [], [], compiler.json_object())])
+    found = sample(torch.randn(1, vocab_size), [SamplingRow(SamplingParams(), 0.5, [], 0, compiler.json_object())])
     assert isinstance(found[0], Sampled)
 
 
@@ -199,6 +199,7 @@ def doubling(keyword: str, depth: int = 30) -> dict[str, Any]:
     return {"$defs": references | {f"d{depth}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 
+MANY_PROPERTIES = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1000)}}
 REFUSED: dict[str, dict[str, Any]] = {
     "a megabyte": {"type": "object", "description": "x" * 10**6},
     "enum of 100000": {"enum": [f"value {i}" for i in range(10**5)]},
@@ -222,6 +223,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "not a type": {"type": "strong"},
     "never": {"type": "object", "properties": {"a": False}, "required": ["a"]},
     "empty range": {"type": "integer", "minimum": 5, "maximum": 3},
+    "many properties": MANY_PROPERTIES,
+    "many properties of items": {"type": "array", "items": MANY_PROPERTIES},
     "unsupported": {"not": {"type": "string"}},
     "unsupported items": {"type": "array", "uniqueItems": True},
     "NaN": {"const": float("nan")},
@@ -235,7 +238,6 @@ TAKEN: dict[str, dict[str, Any]] = {
     "wide automaton": {"type": "string", "pattern": "^.*(a|b).{500}$"},
     "long string": {"type": "string", "minLength": 10**6, "maxLength": 10**9},
     "long list": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
-    "many properties": {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1000)}},
     "large enum": {"enum": [f"v{i * 7919}" for i in range(4000)]},
     "doubling anyOf": doubling("anyOf"),
     "doubling allOf": doubling("allOf"),
@@ -301,6 +303,69 @@ def test_compiled_schemas_are_remembered_up_to_a_number(monkeypatch: pytest.Monk
         compiler.json_schema({"const": i})
     assert cpu_seconds() - started < 0.05
     assert len(compiler._compiled) == 4
+
+
+def test_refusals_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.constraint.MAX_REFUSALS", 2)
+    trials: list[str] = []
+
+    def refuse(grammar: str) -> None:
+        trials.append(grammar)
+        raise InvalidRequest(f"no, for the {len(trials)}. time", param="response_format")
+
+    monkeypatch.setattr("app.constraint._try", refuse)
+    compiler = ConstraintCompiler(tiny_tokenizer(), {0}, VOCAB_SIZE)
+
+    def refusal(ask: Any, number: int) -> str:
+        with pytest.raises(InvalidRequest) as caught:
+            ask({"const": number})
+        assert caught.value.param == "response_format"
+        return caught.value.message
+
+    assert compiler.find({"const": 1}) is None
+    assert refusal(compiler.json_schema, 1) == refusal(compiler.json_schema, 1) == refusal(compiler.find, 1)
+    assert len(trials) == 1
+    refusal(compiler.json_schema, 2)
+    refusal(compiler.find, 1)  # now 2 is the oldest
+    refusal(compiler.json_schema, 3)
+    refusal(compiler.json_schema, 1)
+    assert len(trials) == 3
+    refusal(compiler.json_schema, 2)
+    assert len(trials) == 4 and len(compiler._refusals) == 2
+
+
+def test_a_schema_that_many_ask_for_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[str] = []
+    start = threading.Barrier(8)
+
+    def refuse(grammar: str) -> None:
+        trials.append(grammar)
+        time.sleep(0.05)
+        raise InvalidRequest("no", param="response_format")
+
+    monkeypatch.setattr("app.constraint._try", refuse)
+    compiler = ConstraintCompiler(tiny_tokenizer(), {0}, VOCAB_SIZE)
+
+    def ask() -> None:
+        start.wait()
+        with pytest.raises(InvalidRequest):
+            compiler.json_schema({"const": 1})
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(trials) == 1
+
+
+def test_a_machine_that_is_too_busy_is_not_the_schemas_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = ConstraintCompiler(tiny_tokenizer(), {0}, VOCAB_SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr("app.constraint.TRIAL_SECONDS", 0)
+        with pytest.raises(Overloaded):
+            compiler.json_schema({"const": 1})
+    assert compiler.json_schema({"const": 1}).mask().any()
 
 
 def test_threads_share_a_compiler() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from app.engine import attention_kernels
 from app.engine.attention_kernels import (
+    Faulty,
     FlashInferAttention,
     Unavailable,
     VarlenAttention,
@@ -23,12 +26,16 @@ from app.engine.attention_kernels import (
     choose_attention,
     preferred_block_size,
 )
-from app.engine.cuda_graphs import BUCKETS
+from app.engine.cuda_graphs import BUCKETS, upload
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Forward, Span
 from app.engine.kv_cache import KVCache
+from app.engine.model_runner import self_check, self_check_blocks
 from app.engine.paged_attention import Geometry
+from app.engine.transformers_forward import TransformersForward
 from app.engine.weights import decoder_weights
+from app.errors import InvalidBaseModel
+from tests import attention_emulation
 from tests.attention_emulation import FlashInfer, Varlen, attend, pages
 from tests.tiny import MAX_MODEL_LEN, VOCAB_SIZE, tiny_info, tiny_model
 
@@ -344,6 +351,29 @@ def test_positions_that_the_model_lacks(monkeypatch: pytest.MonkeyPatch) -> None
         made.forward([Span(list(range(1, 40)), MAX_MODEL_LEN, MAX_MODEL_LEN + 1, [1], 1)])
 
 
+def test_what_describes_a_step_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any device, also those (mps) that are neither the CPU nor CUDA."""
+    meta = torch.device("meta")
+    assert upload([1, 2, 3], meta).device == meta
+    model = family_model("llama")
+    made = make(model, monkeypatch)
+    forward = FusedDecoder(model, made.weights, made.cache)
+    forward._data = made.cache.data.to(meta)  # a device whose tensors say where they are, and nothing else
+    devices = []
+
+    def record(hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, batch: Any, wanted: Any) -> Any:
+        devices.extend(
+            t.device for t in (hidden, positions, slots, wanted, *vars(batch).values()) if torch.is_tensor(t)
+        )
+        return torch.zeros(1)
+
+    monkeypatch.setattr(forward, "_forward", record)
+    monkeypatch.setattr(forward._attention, "plan", lambda _: None)
+    monkeypatch.setattr(functional, "embedding", lambda ids, _: torch.zeros(len(ids), 32, device=ids.device))
+    forward([Span([1], 0, 4, [1, 2, 3, 4], 1), Span([2], 0, 2, torch.zeros(2, 32), 0)])
+    assert len(devices) == 8 and set(devices) == {meta}
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +398,118 @@ def test_tables_that_shrink_and_move_between_replays(monkeypatch: pytest.MonkeyP
     compare(made.forward, [(row, row.span(1, 1)) for row in (short[0], long, short[1])])
     compare(made.forward, [(row, row.span(1, 1)) for row in (short[2], short[0], short[1], long)])
     compare(made.forward, [(row, row.span(1, 1)) for row in (long, short[2], short[1])])
+
+
+class FailingGraphs(RerunGraphs):
+    """Captures a few sizes, then no more."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if len(self.captured) == self._limit:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return super().capture(run)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_a_capture_that_fails_ends_the_graphs_only(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_fused_decoder.RerunGraphs", lambda: FailingGraphs(limit))
+    model = family_model("mistral")
+    made = make(model, monkeypatch, backend="flashinfer", graphs=True)
+    assert "CUDA graphs on" in made.forward.describe
+    run_schedule(made.forward, [Row(model, made, 40, seed) for seed in range(6)], seed=1)
+    assert "CUDA graphs off (not used: a graph for" in made.forward.describe
+    assert "not permitted when stream is capturing" in made.forward.describe
+    assert len(made.graphs.captured) == limit
+
+
+# -- the check at start ------------------------------------------------------------------------------------------------
+
+
+def check_at_start(model: Any, made: SimpleNamespace, forward: Forward, *, blocks: int | None = None) -> None:
+    info = replace(tiny_info_of(model), architecture=type(model).__name__)
+    size = made.cache.block_size
+    count = self_check_blocks(model, info, size) if blocks is None else blocks
+    self_check(forward, model, info, made.blocks[:count], size, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [None, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-mixed", "mistral"])
+def test_the_check_at_start_captures_and_replays(
+    name: str, backend: str, blocks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family_model(name)
+    made = make(model, monkeypatch, backend=backend, graphs=True)
+    check_at_start(model, made, made.forward, blocks=blocks)
+    assert made.graphs.captured == [2] and made.graphs.replays == 2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt2", "mistral"])
+def test_the_check_at_start_passes_what_transformers_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    cache = KVCache(tiny_info(model), num_blocks=80, block_size=16, dtype=torch.float32, device=model.device)
+    made = SimpleNamespace(cache=cache, blocks=list(range(1, 80)))
+    forward = TransformersForward(model, cache)
+    tables = []
+
+    def watched(spans: Sequence[Span]) -> torch.Tensor:
+        tables.extend((span.block_table, span.end) for span in spans)
+        return forward(spans)
+
+    monkeypatch.setattr(
+        "tests.test_fused_decoder.tiny_info_of", lambda _: replace(tiny_info(model), architecture=type(model).__name__)
+    )
+    check_at_start(model, made, watched)
+    window = 0 if name == "gpt2" else WINDOW
+    assert max(end for _, end in tables) > window + 16
+    if name == "gemma3":  # its embeddings are scaled: those of the weights alone are others
+        scale = model.get_input_embeddings().embed_scale.clone()
+        wrong = TransformersForward(model, cache)
+
+        def unscaled(spans: Sequence[Span]) -> torch.Tensor:
+            return wrong([replace(s, inputs=s.inputs / scale) if torch.is_tensor(s.inputs) else s for s in spans])
+
+        with pytest.raises(InvalidBaseModel):
+            check_at_start(model, made, unscaled)
+
+
+WRONG_SPANS: dict[str, Callable[[Span], Span]] = {
+    "one block only": lambda s: replace(s, block_table=[s.block_table[0]] * len(s.block_table)),
+    "embeddings of others": lambda s: replace(s, inputs=s.inputs.flip(0)) if torch.is_tensor(s.inputs) else s,
+    "decodes another token": lambda s: replace(s, inputs=[5]) if s.num_tokens == 1 else s,
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_SPANS)
+def test_the_check_at_start_sees(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model("llama")
+    made = make(model, monkeypatch)
+    with pytest.raises(InvalidBaseModel, match="differ"):
+        check_at_start(model, made, lambda spans: made.forward([WRONG_SPANS[fault](span) for span in spans]))
+
+
+@pytest.mark.parametrize("fault", ["no window", "window too wide", "stale graph", "rows of a graph swapped"])
+def test_the_check_at_start_sees_in_the_decoder(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model("mistral")
+    made = make(model, monkeypatch, graphs="graph" in fault)
+    if "graph" in fault:
+        original = made.graphs.capture
+
+        def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            replay = original(run)
+            first = replay().clone()
+            return (lambda: first) if fault == "stale graph" else (lambda: replay().flip(0))
+
+        monkeypatch.setattr(made.graphs, "capture", capture)
+    else:
+        window = 0 if fault == "no window" else WINDOW + 1
+        weights = replace(made.weights, layers=tuple(replace(layer, window=window) for layer in made.weights.layers))
+        made.forward = FusedDecoder(model, weights, made.cache)
+    with pytest.raises(InvalidBaseModel, match="differ"):
+        check_at_start(model, made, made.forward)
 
 
 # -- what the kernels are told -----------------------------------------------------------------------------------------
@@ -404,6 +546,7 @@ def geometry() -> Iterator[Geometry]:
 
 
 def test_why_a_kernel_cannot_be_had(geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     with pytest.raises(Unavailable, match="multiples of 256, not 16"):
         VarlenAttention(geometry)
     with pytest.raises(Unavailable, match="no kernel for torch.float32"):
@@ -418,25 +561,83 @@ def test_why_a_kernel_cannot_be_had(geometry: Geometry, monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, seqused_k: None)
     with pytest.raises(Unavailable, match="lacks block_table, enable_gqa, num_splits"):
         VarlenAttention(replace(geometry, block_size=256))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    with pytest.raises(Unavailable, match=r"capability 8\.0, the card has 7\.5"):
+        VarlenAttention(replace(geometry, dtype=torch.float16))
+    with pytest.raises(Unavailable, match=r"capability 8\.0, the card has 7\.5"):
+        FlashInferAttention(geometry)
+    for kind in ("varlen", "flashinfer"):
+        with pytest.raises(Unavailable, match="capability") as raised:
+            choose_attention(kind, geometry)  # type: ignore[arg-type]
+        assert type(raised.value) is Unavailable
 
 
 def test_the_block_size_that_a_kernel_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert preferred_block_size(cpu, torch.bfloat16, 16) == 16
-    assert preferred_block_size(cuda, torch.float32, 16) == 16
+
+    def size(device: torch.device, dtype: torch.dtype, head_dim: int = 64, fused: bool = True) -> int:
+        return preferred_block_size(device, dtype, 16, head_dim=head_dim, fused=fused)
+
+    assert size(cpu, torch.bfloat16) == 16
+    assert size(cuda, torch.float32) == 16
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert preferred_block_size(cuda, torch.bfloat16, 16) == 256
+    assert size(cuda, torch.bfloat16) == size(cuda, torch.bfloat16, 96) == 256
+    # Nothing that pages blocks of 256 would run these.
+    assert size(cuda, torch.bfloat16, fused=False) == size(cuda, torch.bfloat16, 100) == 16
+    assert size(cuda, torch.bfloat16, 264) == 16
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    assert preferred_block_size(cuda, torch.bfloat16, 16) == 16
+    assert size(cuda, torch.bfloat16) == 16
+    assert size(cuda, torch.bfloat16, 96) == 256  # FlashInfer does not have such heads
     monkeypatch.undo()
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
-    assert preferred_block_size(cuda, torch.float16, 16) == 16
+    assert size(cuda, torch.float16) == 16
 
 
-def test_torch_2_13_has_what_varlen_attention_needs(geometry: Geometry) -> None:
-    if torch.__version__ >= "2.13":
-        assert VarlenAttention(replace(geometry, block_size=256)).name == "varlen (FA2)"
+class Event:
+    """A CUDA event as `log` sees it."""
+
+    def __init__(self, log: list[str], number: int) -> None:
+        self._log, self._number = log, number
+
+    def synchronize(self) -> None:
+        self._log.append(f"wait {self._number}")
+
+    def record(self, _: Any) -> None:
+        self._log.append(f"record {self._number}")
+
+
+def test_a_plan_waits_until_the_device_has_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in pinned memory that the next plan of the same wrapper fills again."""
+    log: list[str] = []
+    numbers = iter(range(100))
+    monkeypatch.setattr(attention_kernels, "_new_event", lambda _: Event(log, next(numbers)))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: None)
+    for name in ("_Prefill", "_Decode"):
+
+        def plan(self: Any, *arguments: Any, _original: Any, **options: Any) -> None:
+            log.append("plan")
+            _original(self, *arguments, **options)
+
+        original = getattr(attention_emulation, name).plan
+        monkeypatch.setattr(getattr(attention_emulation, name), "plan", partialmethod(plan, _original=original))
+    model = family_model("qwen2-mixed")  # two windows, two wrappers
+    made = make(model, monkeypatch, backend="flashinfer", graphs=True)
+    log.clear()
+    row = Row(model, made, 30, 0)
+    for count in (9, 4, 1, 1):
+        compare(made.forward, [(row, row.span(count, 1))])
+    assert len(log) == 3 * 2 * 4
+    steps = [log[i : i + 3] for i in range(0, len(log), 3)]
+    assert all(step == [f"wait {step[0][5:]}", "plan", f"record {step[0][5:]}"] for step in steps)
+    waited = [step[0] for step in steps]
+    assert waited[:2] == waited[2:4] and waited[4:6] == waited[6:] and len(set(waited)) == 4
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="block tables came with torch 2.13")
+def test_torch_2_13_has_what_varlen_attention_needs(geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    assert VarlenAttention(replace(geometry, block_size=256)).name == "varlen (FA2)"
 
 
 BROKEN: dict[str, Callable[..., torch.Tensor]] = {
@@ -472,18 +673,40 @@ def test_a_kernel_that_is_wrong_is_not_taken(fault: str, geometry: Geometry, mon
             "_load_varlen",
             lambda _: (lambda *a, **k: kernel(*a, **k).index_fill_(0, torch.tensor(1), torch.nan), "FA3"),
         )
-    with pytest.raises(Unavailable, match="differs"):
+    with pytest.raises(Faulty, match="differs"):
         check_attention(VarlenAttention(geometry), geometry)
     chosen, reasons = choose_attention("auto", geometry)
-    assert chosen.name == "reference" and any("differs" in reason for reason in reasons)
-    with pytest.raises(Unavailable, match="varlen attention: differs"):
+    assert chosen.name == "reference"
+    found = {str(reason).partition(":")[0]: type(reason) for reason in reasons}
+    assert found == {"flashinfer attention": Unavailable, "varlen attention": Faulty}
+    with pytest.raises(Faulty, match="varlen attention: differs"):
         choose_attention("varlen", geometry)
+
+
+@pytest.mark.parametrize("stage", ["load", "init", "plan", "run"])
+def test_a_kernel_that_fails_is_faulty(stage: str, geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlike one that cannot exist here: somebody has to look at it."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("nvcc not found")
+
+    emulation = FlashInfer()
+    monkeypatch.setattr(attention_kernels, "_WORKSPACE_BYTES", 1024)
+    monkeypatch.setattr(attention_kernels, "_load_flashinfer", fail if stage == "load" else lambda _: emulation)
+    if stage == "init":
+        emulation.BatchPrefillWithPagedKVCacheWrapper = fail
+    elif stage != "load":
+        monkeypatch.setattr(f"tests.attention_emulation._Prefill.{stage}", fail)
+    geometry = replace(geometry, device=torch.device("cpu"))
+    with pytest.raises(Faulty, match="flashinfer attention: nvcc not found"):
+        choose_attention("flashinfer", geometry)
+    _, reasons = choose_attention("auto", geometry)
+    assert [type(reason) for reason in reasons] == [Faulty, Unavailable]
 
 
 def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family_model("llama")
     made = make(model, monkeypatch)
-    assert made.forward.name == "fused"
     assert made.forward.describe == ("fused LlamaForCausalLM in float32 on cpu, attention reference, CUDA graphs off")
     monkeypatch.undo()
     assert "attention reference" in FusedDecoder(model, made.weights, made.cache).describe

@@ -38,6 +38,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/scheduler": {"torch", "transformers", "numpy"},
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
+    "engine/waiting": {"torch", "transformers", "numpy"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
 

@@ -375,28 +375,78 @@ async def test_a_prompt_whose_computation_fails_fails_its_requests_alone(
     assert len(await collect(engine.generate(bad, TEXT, greedy(5)))) == 5, "the next request tries again"
 
 
-@pytest.mark.parametrize("times", [1, 2])
-async def test_out_of_memory_gives_up_what_is_idle_and_tries_once_more(
-    start: Any, monkeypatch: pytest.MonkeyPatch, times: int
+async def test_out_of_memory_is_tried_once_more_and_fails_only_who_needs_too_much(
+    start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    await engine.load(random_prompt(1))
-    expected = await collect(engine.generate(None, TEXT, greedy()))
-    fuse = [True] * times
+    prompt = random_prompt(1)
+    await engine.load(prompt)
+    expected = await collect(engine.generate(None, TEXT, greedy(30)))
+    greedy_one = [9, 9, 9]
+    fuse = [True]
 
-    def blow(_: Any) -> None:
-        if fuse:
-            fuse.pop()
+    def blow(rows: Any) -> None:
+        if fuse or any(row.sequence.token_ids[:3] == greedy_one for row in rows):
+            fuse.clear()
             raise torch.OutOfMemoryError("no room")
 
     step_hook(engine, monkeypatch, blow)
-    # The third try is the row's own.
-    assert await collect(engine.generate(None, TEXT, greedy())) == expected
-    assert engine.stats().prefixes == 0 and engine.stats().prefix_evictions == 1
-    fuse = [True] * 4
+    assert await collect(engine.generate(None, TEXT, greedy(30))) == expected
+    beside = [engine.generate(p, TEXT, greedy(30)) for p in (None, prompt)]
+    with pytest.raises(EngineFailed):
+        await collect(engine.generate(None, greedy_one, greedy(30)))
+    assert await collect(beside[0]) == expected
+    await collect(beside[1])
+    assert engine.stats().prefix_evictions == 0 and engine.stats().restarts == 0
+
+
+async def test_out_of_memory_while_blocks_are_copied_hurts_nobody(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start()
+    expected = await collect(engine.generate(random_prompt(1), TEXT, greedy()))
+    copy, fuse = engine._core.runner.cache.copy, [True]
+
+    def blow(pairs: Any) -> None:
+        if pairs and fuse:
+            fuse.clear()
+            raise torch.OutOfMemoryError("no room")
+        copy(pairs)
+
+    monkeypatch.setattr(engine._core.runner.cache, "copy", blow)
+    assert await collect(engine.generate(random_prompt(1), [*TEXT[:-1], 6], greedy()))
+    assert not fuse and await collect(engine.generate(random_prompt(1), TEXT, greedy())) == expected
+
+
+async def test_an_error_after_which_the_device_is_lost_is_not_lived_with(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(restart_delay=0.001)
+
+    def blow(_: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    step_hook(engine, monkeypatch, blow)
     with pytest.raises(EngineFailed):
         await collect(engine.generate(None, TEXT, greedy()))
-    assert await collect(engine.generate(None, TEXT, greedy())) == expected
+    await wait_until(lambda: engine.stats().given_up and not engine._thread.is_alive())
+    assert not engine.stats().ready and engine.stats().restarts == 0
+
+
+async def test_a_request_that_ends_in_broken_books_is_told_before_the_engine_dies(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(restart_delay=0.01)
+    releases = Releases()
+    broken = engine.generate(None, TEXT, SamplingParams(max_tokens=400), on_release=releases)
+    await anext(broken)
+
+    def die(*_: Any) -> bool:
+        raise RuntimeError("the books are broken")
+
+    monkeypatch.setattr(engine._core.scheduler, "remove", die)
+    await broken.aclose()
+    await releases.wait_for(1)
+    await wait_until(lambda: engine.stats().restarts == 1 and engine.stats().ready)
+    assert len(await collect(engine.generate(None, TEXT, greedy(5)))) == 5
 
 
 async def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
@@ -438,6 +488,28 @@ async def test_a_dead_engine_answers_everybody_and_starts_again(start: Any, monk
         await wait_until(lambda: engine.stats().ready)
         assert engine.stats().restarts == round + 1
         assert await collect(engine.generate(prompt, TEXT, greedy(30))) == expected
+
+
+async def test_what_comes_in_while_the_engine_dies_is_answered_too(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(restart_delay=60)
+    dying, may_die = threading.Event(), threading.Event()
+
+    def die() -> None:
+        dying.set()
+        may_die.wait(10)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine._core.scheduler, "schedule", die)
+    releases = Releases()
+    first = engine.generate(None, TEXT, greedy(), on_release=releases)
+    await asyncio.to_thread(dying.wait, 10)
+    late = [engine.generate(None, TEXT, greedy(), on_release=releases) for _ in range(2)]
+    await late[0].aclose()
+    may_die.set()
+    for generation in (first, late[1]):
+        with pytest.raises(EngineFailed):
+            await collect(generation)
+    await releases.wait_for(3)
 
 
 async def test_an_engine_that_keeps_dying_stays_down(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

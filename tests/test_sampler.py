@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -20,8 +21,12 @@ from transformers import (
 
 from app.engine import Logprob, SamplingParams
 from app.engine.distribution import crossing, ranked, tree
+from app.engine.host_cache import HostCache
 from app.engine.logits import process
-from app.engine.sampler import Sampled, SamplingRow, sample, token_logprobs
+from app.engine.model_runner import ModelRunner, StepOutput, _sampling_row
+from app.engine.sampler import Sampled, SamplingRow, sample, target_logprobs, token_logprobs
+from app.engine.scheduler import Row
+from app.engine.sequence import ContextSequence, ContinuationSequence, GenerationSequence, Score, Sequence
 from app.errors import EngineFailed, InvalidRequest, NumericalError
 
 VOCAB = 50
@@ -62,7 +67,9 @@ def row(
     constraint: Any = None,
     **params: Any,
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(**{"max_tokens": 99} | params), u, prompt or [], output or [], constraint)
+    before = prompt or []
+    chosen = SamplingParams(**{"max_tokens": 99} | params)
+    return SamplingRow(chosen, u, [*before, *(output or [])], len(before), constraint)
 
 
 def ids(results: list[Sampled | Exception]) -> list[int]:
@@ -87,6 +94,13 @@ def logits(seed: int = 0, vocab_size: int = VOCAB) -> torch.Tensor:
 def test_greedy_takes_the_largest_logit() -> None:
     rows = torch.stack([logits(i) for i in range(8)])
     assert ids(sample(rows, [row(0.9, temperature=0)] * 8)) == rows.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_k", [VOCAB, VOCAB + 1, 2**31 - 1])
+def test_top_k_of_the_whole_vocabulary_is_off(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = draw(logits(), 200)
+    monkeypatch.setattr("app.engine.sampler.ranked", None)  # no sort
+    assert draw(logits(), 200, top_k=top_k) == plain
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -342,7 +356,7 @@ def test_extreme_temperatures_and_draws_give_a_token(temperature: float, u: floa
 
 
 def test_ids_outside_the_vocabulary_have_no_effect() -> None:
-    strange = [-1, VOCAB, 2**40]
+    strange, stranger = [-1, VOCAB, 2**40], [-1, VOCAB, 2**70, -(2**70)]
     found, errors = process(
         logits()[None],
         [
@@ -351,13 +365,16 @@ def test_ids_outside_the_vocabulary_have_no_effect() -> None:
                 output=strange,
                 repetition_penalty=2.0,
                 frequency_penalty=1.0,
-                logit_bias=dict.fromkeys(strange, 5.0),
-                stop_token_ids=frozenset(strange),
+                logit_bias=dict.fromkeys(stranger, 5.0),
+                stop_token_ids=frozenset(stranger),
                 min_tokens=9,
             )
         ],
     )
     assert not errors and torch.equal(found[0], logits())
+    found, _ = process(logits()[None], [row(logit_bias={2**70: 5.0, 7: 1.0, -1: 3.0, 8: 2.0})])
+    assert (found[0] - logits()).nonzero().flatten().tolist() == [7, 8]
+    assert (found[0] - logits())[7:9].tolist() == pytest.approx([1, 2])
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -398,6 +415,101 @@ def test_token_logprobs() -> None:
 def test_equal_logits_rank_in_vocabulary_order() -> None:
     item = token_logprobs(torch.tensor([[1.0, 2.0, 2.0, -0.0, 0.0, 2.0]]), [0], 5)[0]
     assert isinstance(item, Logprob) and [token for token, _ in item.top] == [1, 2, 5, 0, 3]
+
+
+def run(rows: list[Row], found: torch.Tensor) -> StepOutput:
+    """What the model runner makes of logits."""
+    runner = ModelRunner(lambda _: found, None, HostCache(0))  # type: ignore[arg-type]
+    return runner.run(rows)
+
+
+def whole(sequence: Sequence) -> Row:
+    return Row(sequence, 0, sequence.num_tokens)
+
+
+def scoring_rows(count: int, vocab_size: int) -> list[Row]:
+    """Contexts, from whose one position several tokens are scored, and continuations of some positions."""
+    rows: list[Row] = []
+    for i in range(count):
+        targets = [[(i * 7 + j) % vocab_size, (i + j) % vocab_size, j] for j in range(3)]
+        score = Score(f"score:{i}", None, targets, lambda _: None)
+        context = ContextSequence([1, 2, 3], score=score)
+        continuation = ContinuationSequence([1, 2, 3, *targets[1]], score=score, index=1)
+        rows += [whole(context), whole(continuation)]
+    return rows
+
+
+def scoring_logits(rows: list[Row], vocab_size: int) -> torch.Tensor:
+    return torch.stack([logits(i, vocab_size) for i in range(sum(row.num_logits for row in rows))])
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB, 40_000])
+def test_scores_of_a_row_do_not_depend_on_the_rows_beside_it(vocab_size: int) -> None:
+    rows = scoring_rows(4, vocab_size)
+    raw = scoring_logits(rows, vocab_size)
+    raw[9, 3] = float("nan")
+    together = run(rows, raw).scores
+    assert [isinstance(together[row], NumericalError) for row in rows] == [False] * 5 + [True] + [False] * 2
+    start = 0
+    for row in rows:
+        end = start + row.num_logits
+        alone = run([row], raw[start:end]).scores[row]
+        if not isinstance(alone, Exception):
+            assert alone == together[row], "to the last bit"
+            expected = torch.log_softmax(raw[start:end].double(), -1)
+            sequence = row.sequence
+            if isinstance(sequence, ContinuationSequence):
+                values = [expected[i, t] for i, t in enumerate(sequence.targets(row.start, row.end))]
+            else:
+                assert isinstance(sequence, ContextSequence)
+                values = [expected[0, tokens[0]] for tokens in sequence.score.continuations]
+            assert alone == pytest.approx([float(value) for value in values], abs=1e-5)
+        start = end
+
+
+class CountingOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def test_scoring_many_rows_takes_no_more_operations_than_scoring_one() -> None:
+    counts = []
+    for size in (1, 30):
+        rows = scoring_rows(size, VOCAB)
+        with CountingOperations() as counting:
+            run(rows, torch.zeros(4 * size, VOCAB))
+        counts.append(counting.count)
+    assert 0 < counts[0] == counts[1]
+
+
+def test_target_logprobs_of_a_token_that_the_model_never_gives() -> None:
+    raw = torch.stack([logits(0), torch.full((VOCAB,), NEVER), logits(1)])
+    raw[0, 3] = NEVER
+    found = target_logprobs(raw, [0, 2, 0, 1], [3, 4, 5, 6])
+    assert found[0] == NEVER and found[3] != found[3]
+    expected = torch.log_softmax(raw.double(), -1)
+    assert found[1:3] == pytest.approx([float(expected[2, 4]), float(expected[0, 5])], abs=1e-6)
+
+
+def test_broken_logits_of_a_prompt_fail_its_row_alone() -> None:
+    params = SamplingParams(temperature=0, prompt_logprobs=1)
+    rows = [whole(GenerationSequence([1, 2, 3], params=params)) for _ in range(3)]
+    rows[2] = Row(rows[2].sequence, 0, 2)  # not yet the whole prompt
+    raw = torch.stack([logits(i) for i in range(8)])
+    clean = run(rows[:1], raw[:3])
+    raw[4, 17] = raw[6, 17] = float("nan")
+    output = run(rows, raw)
+    assert output.tokens[rows[0]] == clean.tokens[rows[0]]
+    assert output.prompt_logprobs == {rows[0]: clean.prompt_logprobs[rows[0]]}
+    assert type(output.tokens[rows[1]]) is type(output.tokens[rows[2]]) is NumericalError
+
+
+def test_a_penalised_row_shares_its_sequences_text() -> None:
+    sequence = GenerationSequence([1, 2, 3], params=SamplingParams(repetition_penalty=2.0))
+    assert _sampling_row(sequence).token_ids is sequence.token_ids
 
 
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 777, 6400])

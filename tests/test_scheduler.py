@@ -102,9 +102,9 @@ def test_random_traffic_keeps_the_books_and_ends(seed: int) -> None:
         step = scheduler.schedule()
         check(scheduler)
         assert sum(row.num_tokens for row in step.rows) <= scheduler.max_num_batched_tokens
-        ready = {row for row in scheduler.running if row.prefix is None or row.prefix.ready}
         rows = {row.sequence for row in step.rows}
-        assert rows - set(scheduler.loading.values()) == ready, "a running row got no token"
+        assert rows - set(scheduler.loading.values()) == set(scheduler.running), "a running row got no token"
+        assert all(row.prefix is None or row.prefix.ready for row in scheduler.running)
         assert len(rows) == len(step.rows)
         assert bool(step.rows) == scheduler.has_work
         for row in step.rows:
@@ -200,41 +200,71 @@ def test_dropping_a_prefix_in_use_leaves_its_rows_alone() -> None:
 
 
 def test_a_prompt_that_has_to_be_computed_delays_its_own_rows_only() -> None:
-    scheduler = Scheduler(BlockManager(50, 4), 8, 8)
-    slow, other = FakePrompt("sha256:slow", 20, "embedding"), sequence(None, 2, 50)
-    waiting = [sequence(slow, 3, token=i) for i in range(3)]
-    for new in [*waiting, other]:
+    scheduler = Scheduler(BlockManager(200, 4), 4, 16)
+    slow, long = FakePrompt("sha256:slow", 60, "embedding"), sequence(None, 100, token=8)
+    followers = [sequence(slow, 3, token=i) for i in range(6)]
+    scheduler.add(long)
+    for new in followers:
         scheduler.add(new)
-    num_steps = 0
-    step = scheduler.schedule()
-    while not any(row.sequence in waiting for row in step.rows):
-        assert other in {row.sequence for row in step.rows}, "an unrelated row waits"
-        assert sum(isinstance(row.sequence, PromptSequence) for row in step.rows) <= 1, "it is computed once"
-        for row in run(scheduler, step):
-            if row.num_logits:
-                row.sequence.append(7, None)  # type: ignore[attr-defined]
-        num_steps += 1
+    late: list[GenerationSequence] = []
+    for num_steps in range(40):
         step = scheduler.schedule()
-    assert 20 // 8 <= num_steps <= 20 // 7 + 1, "in chunks of what the budget leaves"
-    assert len(step.copies) == 0 and step.loads == []
-    assert all(row.start == 20 for row in step.rows if row.sequence in waiting)
+        check(scheduler)
+        rows = {row.sequence: row.num_tokens for row in step.rows}
+        if followers[0] in rows:
+            break
+        loads = [count for row, count in rows.items() if isinstance(row, PromptSequence)]
+        assert len(loads) <= 1, "it is computed once"
+        if num_steps > 0:
+            assert loads and loads[0] >= 3, "it is not starved"
+        if long.num_computed_tokens < 90:
+            assert rows[long] >= 3, "nor does it starve others that began before"
+        if late:
+            assert late[-1] in rows, "who comes meanwhile starts at once"
+        for row in run(scheduler, step):
+            if row.num_logits and row.sequence is not long:
+                scheduler.remove(row.sequence)
+        late.append(sequence(None, 1, token=100 + num_steps))
+        scheduler.add(late[-1])
+    assert 60 // 8 <= num_steps < 20
+    assert all(row.start == 60 for row in step.rows if row.sequence in followers)
+    assert len(set(scheduler.running)) == 4
 
 
-def test_a_prompt_dropped_while_it_is_computed_serves_those_who_wait_for_it() -> None:
-    scheduler = Scheduler(BlockManager(50, 4), 8, 8)
-    prompt = FakePrompt("sha256:a", 6, "embedding")
+def test_what_is_copied_in_is_bounded_in_a_step() -> None:
+    scheduler = Scheduler(BlockManager(4_000, 4), 64, 200)
+    prompts = [FakePrompt(f"sha256:{i}", 1_000) for i in range(5)]
+    for prompt in prompts:
+        scheduler.add(sequence(prompt, 1))
+    found = []
+    for _ in range(4):
+        step = scheduler.schedule()
+        found.append(len(step.loads))
+        run(scheduler, step)
+    assert found == [2, 2, 1, 0]
+
+
+def test_a_prompt_dropped_while_it_is_computed_is_computed_again_for_those_who_wait() -> None:
+    scheduler = Scheduler(BlockManager(50, 4), 8, 9)
+    prompt = FakePrompt("sha256:a", 20, "embedding")
     row = sequence(prompt, 1)
     scheduler.add(row)
-    scheduler.schedule()
+    run(scheduler, scheduler.schedule())
     prefix = scheduler.blocks.prefix(prompt.digest)
     assert prefix is not None
-    scheduler.blocks.drop(prefix)
-    for _ in range(2):
+    scheduler.drop(prefix)
+    assert scheduler.blocks.num_used_blocks == 0 and not scheduler.loading
+    for _ in range(10):
         check(scheduler)
-        run(scheduler, step := scheduler.schedule())
+        step = scheduler.schedule()
+        run(scheduler, step)
+        if row in scheduler.running:
+            break
     assert [r.sequence for r in step.rows] == [row]
-    assert step.copies == [(prefix.block_table[1], row.block_table[1])]
     scheduler.remove(row)
+    again = scheduler.blocks.prefix(prompt.digest)
+    assert again is not None and again is not prefix
+    scheduler.drop(again)
     assert scheduler.blocks.num_used_blocks == 0
 
 

@@ -35,7 +35,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 
-@router.post("/v1/classify", response_model=ClassifyReply, response_model_exclude_unset=True)
+@router.post("/v1/classify", response_model=ClassifyReply)
 async def classify(
     request: Request, body: Annotated[ClassifyRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
 ) -> Response:
@@ -84,8 +84,10 @@ async def _encode(
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    """In float64, safe for scores of any size. At least one score must be finite."""
+    """In float64, safe for scores of any size. Where all are minus infinity, none is likelier than another."""
     largest = max(scores)
+    if largest == -math.inf:
+        return [1 / len(scores)] * len(scores)
     powers = [math.exp(score - largest) for score in scores]
     total = math.fsum(powers)
     return [power / total for power in powers]

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Never, TypeVar
 
+import anyio
+import anyio.to_thread
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from app.errors import Overloaded
+
 T = TypeVar("T")
+
+
+class Room:
+    """A thread for work that may take seconds, so that it takes none of those that every request needs."""
+
+    def __init__(self, max_waiting: int, what: str) -> None:
+        """`what` is worked on, in the plural."""
+        self._max_inside = 1 + max_waiting
+        self._what = what
+        self._num_inside = 0
+        self._limiter = anyio.CapacityLimiter(1)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """One at a time, first come, first served. Raises Overloaded if too many wait."""
+        if self._num_inside >= self._max_inside:
+            raise Overloaded(f"too many {self._what} wait for their turn")
+        self._num_inside += 1
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        finally:
+            self._num_inside -= 1
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.api.concurrency import Room
+from app.api.logprobs import TokenTexts
 from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
@@ -14,6 +17,7 @@ from app.engine import Engine
 from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
+MAX_WAITING_SCHEMAS = 16  # one is compiled at a time, which may take a second or two
 
 
 @dataclass
@@ -43,6 +47,11 @@ class State:
     readiness: Readiness
     constraints: ConstraintCompiler
     started_at: int  # Unix time
+    compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.base.tokenizer)
 
 
 def get_state(request: Request) -> State:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Body, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from app.answer import Answer, Piece
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deps import State, StateDep
+from app.api.json_text import dump_json
 from app.api.lease import Lease, leased
+from app.api.logprobs import logprob_entries, num_entries
 from app.api.reply import encode, identity, prompt_headers, usage
-from app.api.sampling import check_logprobs, check_request, constraints, logprob_entries, sampling_params
+from app.api.sampling import check_logprobs, check_request, constraints, sampling_params
 from app.api.schemas import GenerateReply, GenerateRequest, as_list
 from app.api.stream import Emit, EventStream
-from app.engine import Logprob
 from app.errors import InvalidRequest
 from app.manifest import Defaults
 from app.text import Template
+
+MAX_ENTRIES_HERE = 100  # log-probabilities; more are put together in a thread
 
 router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
@@ -54,7 +58,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/v1/generate", response_model=GenerateReply, response_model_exclude_unset=True, responses=_RESPONSES)
+@router.post("/v1/generate", response_model=GenerateReply, responses=_RESPONSES)
 async def generate(
     request: Request, body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
 ) -> Response:
@@ -76,7 +80,7 @@ async def generate(
         reply = await first(run.whole(), disconnection(request.receive))
     finally:
         await run.aclose()
-    return JSONResponse(reply, headers=headers)
+    return Response(dump_json(reply), headers=headers, media_type="application/json")
 
 
 def _check_ensemble(body: GenerateRequest) -> None:
@@ -96,6 +100,7 @@ class _Run:
 
     def __init__(self, state: State, leases: Sequence[Lease], body: GenerateRequest) -> None:
         self._tokenizer = state.base.tokenizer
+        self._token_texts = state.token_texts
         self._identity = identity("gen", state.base.info, leases)
         self._n = body.n
         self._with_logprobs = body.logprobs is not None
@@ -123,9 +128,9 @@ class _Run:
         stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
         texts = await encode(self._tokenizer, [template.prompt(text) for text in as_list(body.input)])
         self._work.append((lease, texts))
-        check_logprobs(body, texts, defaults)
-        for text in texts:
-            room = state.engine.max_model_len - lease.num_virtual_tokens - len(text)
+        rooms = [state.engine.max_model_len - lease.num_virtual_tokens - len(text) for text in texts]
+        check_logprobs(body, texts, defaults, rooms)
+        for text, room in zip(texts, rooms, strict=True):
             for sample in range(body.n):
                 params = sampling_params(body, defaults, room, state.base.eos_token_ids, sample)
                 generation = lease.generate(
@@ -139,7 +144,7 @@ class _Run:
         if len(self._work) > 1:
             outputs = [_majority(index, pieces[index :: self._num_outputs]) for index in range(self._num_outputs)]
         else:
-            outputs = [self._output(index, piece, first=True) for index, piece in enumerate(pieces)]
+            outputs = await self._outputs(dict(enumerate(pieces)), first=True)
         return {**self._identity, "outputs": outputs, "usage": self._usage()}
 
     async def stream(self, emit: Emit) -> None:
@@ -151,7 +156,8 @@ class _Run:
 
             async def deliver(piece: Piece) -> None:
                 nonlocal begun, made_by
-                event = {**made_by, **self._output(index, piece, first=not begun)}
+                [output] = await self._outputs({index: piece}, first=not begun)
+                event = {**made_by, **output}
                 begun, made_by = True, {"id": self._identity["id"]}
                 await emit(event)
 
@@ -164,15 +170,24 @@ class _Run:
         for answer in self._answers:
             await answer.aclose()
 
-    def _output(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
+    async def _outputs(self, pieces: Mapping[int, Piece], *, first: bool) -> list[dict[str, Any]]:
         """`first`: with what is said once, about the input."""
+
+        def make() -> list[dict[str, Any]]:
+            return [self._output(index, piece, first=first) for index, piece in pieces.items()]
+
+        count = sum(num_entries(piece.logprobs) for piece in pieces.values())
+        if first:
+            count += sum(num_entries(self._answers[index].prompt_logprobs or ()) for index in pieces)
+        return make() if count <= MAX_ENTRIES_HERE else await anyio.to_thread.run_sync(make)
+
+    def _output(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
         output: dict[str, Any] = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}
         if self._with_logprobs:
-            output["logprobs"] = logprob_entries(self._tokenizer, piece.logprobs)
+            output["logprobs"] = logprob_entries(self._token_texts, piece.logprobs)
         prompt = self._answers[index].prompt_logprobs
         if first and prompt is not None:
-            known: list[Logprob] = [entry for entry in prompt if entry is not None]
-            output["prompt_logprobs"] = [None, *logprob_entries(self._tokenizer, known)]
+            output["prompt_logprobs"] = logprob_entries(self._token_texts, prompt)
         return output
 
     def _usage(self) -> dict[str, Any]:

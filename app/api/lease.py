@@ -95,7 +95,8 @@ async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[li
                 pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
             leases.append(Lease(pin))
             give_back.append(leases[-1].share())
-        if len({lease.prompt and lease.prompt.digest for lease in leases}) < len(leases):
+        # NOTE: not their digests, because versions of two tasks may have the same bytes.
+        if len({lease.version and lease.version.reference for lease in leases}) < len(leases):
             raise InvalidRequest("task: a version stands twice in the ensemble", param="task")
         yield leases
     finally:

@@ -1,15 +1,17 @@
-"""From the fields of a request to what the engine samples by, and from its log-probabilities to a reply's."""
+"""From the fields of a request to what the engine samples by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeVar
 
 import anyio.to_thread
 
 from app.api.deps import State
 from app.api.schemas import MAX_LOGPROB_ENTRIES, MAX_OUTPUTS, GenerateRequest, JsonFormat, TextFormat, as_list
-from app.engine import MAX_SEED, Constraint, Logprob, SamplingParams
+from app.constraint import ANY_OBJECT
+from app.engine import MAX_SEED, Constraint, SamplingParams
 from app.errors import InvalidRequest
 from app.manifest import Defaults
 
@@ -20,6 +22,8 @@ DEFAULT_MAX_TOKENS = 128
 
 def check_request(body: GenerateRequest, vocab_size: int) -> None:
     """Raises InvalidRequest for more answers than one request may ask for, and for tokens that do not exist."""
+    if body.max_tokens == 0 and body.n > 1:
+        raise InvalidRequest("n: without new tokens there is but one answer for an input", param="n")
     members = len(body.task) if isinstance(body.task, list) else 1
     count = len(as_list(body.input)) * body.n * members
     if count > MAX_OUTPUTS:
@@ -30,14 +34,15 @@ def check_request(body: GenerateRequest, vocab_size: int) -> None:
         raise InvalidRequest(f"stop_token_ids: {bad} is not in the vocabulary of {vocab_size}", param="stop_token_ids")
 
 
-def check_logprobs(body: GenerateRequest, texts: Sequence[Sequence[int]], defaults: Defaults) -> None:
-    """Raises InvalidRequest for more log-probabilities than one reply may carry."""
+def check_logprobs(
+    body: GenerateRequest, texts: Sequence[Sequence[int]], defaults: Defaults, rooms: Sequence[int]
+) -> None:
+    """Raises InvalidRequest for more log-probabilities than one reply may carry; `rooms` as in `sampling_params`."""
     count = 0
     if body.prompt_logprobs is not None:
         count += sum(map(len, texts)) * (1 + body.prompt_logprobs)
     if body.logprobs is not None:
-        max_tokens = body.max_tokens or defaults.max_tokens or DEFAULT_MAX_TOKENS
-        count += len(texts) * body.n * max_tokens * (1 + body.logprobs)
+        count += sum(_max_tokens(body, defaults, room) for room in rooms) * body.n * (1 + body.logprobs)
     if count > MAX_LOGPROB_ENTRIES:
         param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
         raise InvalidRequest(f"{param}: up to {count} exceed {MAX_LOGPROB_ENTRIES} in one reply", param=param)
@@ -48,13 +53,10 @@ def sampling_params(
 ) -> SamplingParams:
     """The request's own fields, then the version's defaults, then ours; for answer number `sample` of an input.
 
-    Only a `max_tokens` that the request did not ask for gives way to the `room` left in the context.
+    `room` is what the input leaves of the context.
     """
-    max_tokens = body.max_tokens
-    if max_tokens is None:
-        max_tokens = max(min(defaults.max_tokens or DEFAULT_MAX_TOKENS, max(room, 1)), body.min_tokens)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(body, defaults, room),
         min_tokens=body.min_tokens,
         temperature=_given(body.temperature, defaults.temperature, 0.0),
         top_p=_given(body.top_p, defaults.top_p, 1.0),
@@ -72,32 +74,22 @@ def sampling_params(
 
 
 async def constraints(state: State, body: GenerateRequest, count: int) -> list[Constraint | None]:
-    """One for each answer. Raises InvalidRequest for a schema that is wrong or too large."""
+    """One for each answer. Raises InvalidRequest for a schema that is wrong or too large, and Overloaded."""
     wanted = body.response_format
     if wanted is None or isinstance(wanted, TextFormat):
         return [None] * count
-
-    def make() -> list[Constraint | None]:
-        compiler = state.constraints
-        made = (
-            compiler.json_schema(wanted.json_schema.json_schema)
-            if isinstance(wanted, JsonFormat)
-            else compiler.json_object()
-        )
-        return [made, *(made.clone() for _ in range(count - 1))]
-
-    return await anyio.to_thread.run_sync(make)
+    schema = wanted.json_schema.json_schema if isinstance(wanted, JsonFormat) else ANY_OBJECT
+    made = await anyio.to_thread.run_sync(state.constraints.find, schema)
+    if made is None:
+        made = await state.compiling.run(partial(state.constraints.json_schema, schema))
+    return [made, *(made.clone() for _ in range(count - 1))]
 
 
-def logprob_entries(tokenizer: Any, logprobs: Iterable[Logprob]) -> list[dict[str, Any]]:
-    """As a reply has them: each token by itself as text, which need not be whole characters, and as id."""
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": tokenizer.decode([token_id]), "id": token_id, "logprob": logprob}
-
-    return [
-        entry(found.id, found.logprob) | {"top_logprobs": [entry(*pair) for pair in found.top]} for found in logprobs
-    ]
+def _max_tokens(body: GenerateRequest, defaults: Defaults, room: int) -> int:
+    """Only what the request did not ask for gives way to the room."""
+    if body.max_tokens is not None:
+        return body.max_tokens
+    return max(min(defaults.max_tokens or DEFAULT_MAX_TOKENS, max(room, 1)), body.min_tokens)
 
 
 def _another_seed(seed: int, sample: int) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.api.logprobs import MIN_LOGPROB
 from app.engine import MAX_LOGPROBS, MAX_SEED
 from app.manifest import Label, Manifest, StopString
 
@@ -15,7 +16,7 @@ MAX_INPUTS = 256
 MAX_OUTPUTS = 256  # inputs times n
 MAX_MEMBERS = 16  # of an ensemble
 MAX_BIASES = 1024
-MAX_LOGPROB_ENTRIES = 1_000_000  # in one reply, some 60 bytes each
+MAX_LOGPROB_ENTRIES = 500_000  # in one reply, some 60 bytes each
 Reference = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=MAX_MEMBERS)] | None,
     Field(
@@ -71,7 +72,11 @@ class GenerateRequest(_Strict):
     input: Input
     max_tokens: Annotated[
         int | None,
-        Field(ge=0, le=1_000_000, description="At most so many new tokens; 128. 0 only with `prompt_logprobs`"),
+        Field(
+            ge=0,
+            le=1_000_000,
+            description="At most so many new tokens; 128. 0 only with `prompt_logprobs`, and `n` of 1",
+        ),
     ] = None
     min_tokens: Annotated[int, Field(ge=0, le=1_000_000, description="No end before so many new tokens")] = 0
     temperature: Annotated[float | None, Field(ge=0, le=100, description="0, the default, is greedy")] = None
@@ -92,7 +97,8 @@ class GenerateRequest(_Strict):
         Field(description="Strings that end the answer; they are not part of it"),
     ] = None
     stop_token_ids: Annotated[
-        list[int] | None, Field(max_length=64, description="Tokens that end the answer, besides the model's own")
+        list[Annotated[int, Field(ge=0, lt=2**31)]] | None,
+        Field(max_length=64, description="Tokens that end the answer, besides the model's own"),
     ] = None
     ignore_eos: Annotated[bool, Field(description="The model's own end tokens do not end the answer")] = False
     seed: Annotated[int | None, Field(ge=-MAX_SEED, le=MAX_SEED)] = None
@@ -105,7 +111,12 @@ class GenerateRequest(_Strict):
         Field(ge=0, le=MAX_LOGPROBS, description="Log-probability of each token, and of so many likeliest ones"),
     ] = None
     prompt_logprobs: Annotated[
-        int | None, Field(ge=0, le=MAX_LOGPROBS, description="The same for the tokens of the input")
+        int | None,
+        Field(
+            ge=0,
+            le=MAX_LOGPROBS,
+            description="The same for the tokens of the input; of several answers the first carries them",
+        ),
     ] = None
     response_format: Annotated[
         TextFormat | JsonObjectFormat | JsonFormat | None,
@@ -132,7 +143,7 @@ class AliasRequest(_Strict):
 
 class PromptTokensDetails(BaseModel):
     soft_prompt_tokens: int  # virtual tokens, over all inputs
-    cached_tokens: int
+    cached_tokens: Annotated[int, Field(description="Text found in the cache; only generation counts it")]
 
 
 class Usage(BaseModel):
@@ -162,7 +173,7 @@ class Reply(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     id: int
-    logprob: float
+    logprob: Annotated[float, Field(ge=MIN_LOGPROB, description=f"In nats; {MIN_LOGPROB} for impossible")]
 
 
 class TokenLogprob(TopLogprob):
@@ -174,7 +185,7 @@ class Output(BaseModel):
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # of an input's first answer
     votes: int | None = None  # members of an ensemble that gave this answer
 
 

@@ -6,7 +6,6 @@ A client that leaves, or that stops reading for `send_timeout` seconds, ends the
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.concurrency import disconnection, first
 from app.api.errors import error_object, unexpected
+from app.api.json_text import dump_json
 from app.errors import SoftpromptError
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class EventStream(Response):
 
     async def _emit(self, event: Mapping[str, Any]) -> None:
         # NOTE: ASCII, because some clients take U+2028 and U+0085 for ends of lines.
-        data = b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+        data = b"data: " + dump_json(event, ascii_only=True) + b"\n\n"
         await self._write({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _ping(self) -> None:

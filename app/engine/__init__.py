@@ -94,7 +94,7 @@ class Token:
 
     A stop token ends the generation and is not part of the answer: then `id` is None. The first one says what is
     known of the prompt text: how many of its tokens had their keys and values in the cache, and, if asked for, the
-    log-probability of each (None for the first, which nothing precedes, unless virtual tokens do).
+    log-probability of each; None for the first, whose logits belong to what stands before the text.
     """
 
     id: int | None

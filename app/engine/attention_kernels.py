@@ -24,7 +24,11 @@ _CHECK_TOLERANCE = 3e-2  # of outputs of about 1, in bfloat16
 
 
 class Unavailable(Exception):
-    """This machine or model cannot have the implementation; the message says why."""
+    """The implementation is not used; the message says why. This machine or model cannot have it, see also `Faulty`."""
+
+
+class Faulty(Unavailable):
+    """It exists for this machine and model, but it failed or differs from the reference: something is wrong."""
 
 
 def _active_flash_attention() -> str:
@@ -32,10 +36,24 @@ def _active_flash_attention() -> str:
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() or "FA2"
 
 
-def _load_varlen(geometry: Geometry) -> tuple[Callable[..., torch.Tensor], str]:
-    """torch's varlen_attn and the name of the kernel behind it. Raises Unavailable."""
+def _require_card(geometry: Geometry, least: tuple[int, int]) -> None:
+    """Raises Unavailable for another device than a CUDA card of this compute capability; bfloat16 needs 8.0."""
     if geometry.device.type != "cuda":
         raise Unavailable("needs a CUDA device")
+    capability = torch.cuda.get_device_capability(geometry.device)
+    least = max(least, (8, 0)) if geometry.dtype is torch.bfloat16 else least
+    if capability < least:
+        needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
+        raise Unavailable(f"needs compute capability {needed}, the card has {found}")
+
+
+def _has_varlen_heads(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and head_dim <= 256
+
+
+def _load_varlen(geometry: Geometry) -> tuple[Callable[..., torch.Tensor], str]:
+    """torch's varlen_attn and the name of the kernel behind it. Raises Unavailable."""
+    _require_card(geometry, (8, 0))
     try:
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError) as error:
@@ -55,7 +73,7 @@ class VarlenAttention:
     graphs = True
 
     def __init__(self, geometry: Geometry) -> None:
-        if geometry.dtype not in KERNEL_DTYPES or geometry.head_dim % 8 or geometry.head_dim > 256:
+        if geometry.dtype not in KERNEL_DTYPES or not _has_varlen_heads(geometry.head_dim):
             raise Unavailable(f"no kernel for {geometry.dtype} and heads of {geometry.head_dim}")
         self._varlen, self._impl = _load_varlen(geometry)
         self._geometry = geometry
@@ -94,12 +112,33 @@ class VarlenAttention:
 
 
 def _load_flashinfer(geometry: Geometry) -> Any:
-    if geometry.device.type != "cuda":
-        raise Unavailable("needs a CUDA device")
+    _require_card(geometry, (7, 5))
     try:
         return importlib.import_module("flashinfer")
     except ImportError as error:
         raise Unavailable("flashinfer is not installed") from error
+
+
+def _new_event(device: torch.device) -> Any:
+    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+class _Planner:
+    """One of FlashInfer's wrappers. Its plan fills pinned memory that the device copies when it comes to it."""
+
+    def __init__(self, wrapper: Any, device: torch.device) -> None:
+        self.run = wrapper.run
+        self._plan = wrapper.plan
+        self._device = device
+        self._copied = _new_event(device)
+
+    def plan(self, *arguments: Any, **options: Any) -> None:
+        """Waits until the device has the last plan, or this one would change it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._plan(*arguments, **options)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device))
 
 
 class FlashInferAttention:
@@ -119,13 +158,20 @@ class FlashInferAttention:
         # One for all: kernels of one stream run one after the other. Zeros: FlashInfer counts in it.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=geometry.device)
         self._ragged = {
-            window: self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+            window: _Planner(
+                self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2"),
+                geometry.device,
+            )
             for window in geometry.windows
         }
-        self._decode: dict[tuple[int, int], Any] = {}  # by rows and window
+        self._decode: dict[tuple[int, int], _Planner] = {}  # by rows and window
 
     def plan(self, batch: PagedBatch) -> None:
-        """Both kernels read page lists instead of the batch's tensors; given on the CPU, planning waits for nothing."""
+        """Both kernels read page lists instead of the batch's tensors.
+
+        The lists are on the CPU, so planning does not wait for the device to say what is in them, only for it to have
+        copied the last plan: that is at the start of the last step, so in practice long ago.
+        """
         g, size = self._geometry, self._geometry.block_size
         counts = [-(-length // size) for length in batch.key_lens]
         indptr = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
@@ -148,11 +194,11 @@ class FlashInferAttention:
                 queries = torch.tensor([0, *batch.query_lens]).cumsum(0, dtype=torch.int32)
                 self._ragged[window].plan(queries, indptr, indices, last, *shape, causal=True, **options)
 
-    def _decoder(self, rows: int, window: int) -> Any:
+    def _decoder(self, rows: int, window: int) -> _Planner:
         if (rows, window) not in self._decode:
             sizes = (rows + 1, rows * self._geometry.max_blocks, rows)
             indptr, indices, last = (torch.zeros(n, dtype=torch.int32, device=self._geometry.device) for n in sizes)
-            self._decode[rows, window] = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
                 self._workspace,
                 "NHD",
                 use_cuda_graph=True,
@@ -162,6 +208,7 @@ class FlashInferAttention:
                 paged_kv_last_page_len_buffer=last,
                 backend="fa2",
             )
+            self._decode[rows, window] = _Planner(wrapper, self._geometry.device)
         return self._decode[rows, window]
 
     def __call__(
@@ -172,14 +219,19 @@ class FlashInferAttention:
         return out
 
 
-def preferred_block_size(device: torch.device, dtype: torch.dtype, default: int) -> int:
+def preferred_block_size(
+    device: torch.device, dtype: torch.dtype, default: int, head_dim: int = 128, fused: bool = True
+) -> int:
     """The block size to give the cache so that `auto` finds a kernel for it.
 
-    Only FlashAttention-2, which comes with torch, is particular about it.
+    `fused`: whether a fused decoder runs the model, for nothing else uses the kernels. Only FlashAttention-2, which
+    comes with torch, is particular about block sizes.
     """
-    if device.type != "cuda" or dtype not in KERNEL_DTYPES or torch.cuda.get_device_capability(device) < (8, 0):
+    if not fused or device.type != "cuda" or dtype not in KERNEL_DTYPES or not _has_varlen_heads(head_dim):
         return default
-    if importlib.util.find_spec("flashinfer") is not None or _active_flash_attention() != "FA2":
+    if torch.cuda.get_device_capability(device) < (8, 0) or _active_flash_attention() != "FA2":
+        return default
+    if head_dim in FLASHINFER_HEAD_DIMS and importlib.util.find_spec("flashinfer") is not None:
         return default
     return FLASH2_PAGE
 
@@ -190,9 +242,14 @@ _KERNELS: dict[str, type[VarlenAttention] | type[FlashInferAttention]] = {
 }
 
 
-def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[str]]:
-    """The implementation, and why not those before it. Raises Unavailable for a `kind` that cannot be had."""
-    reasons: list[str] = []
+def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[Unavailable]]:
+    """The implementation, and why not those before it. Raises Unavailable for a `kind` that is not to be had.
+
+    A reason, raised or returned, is `Faulty` where the implementation exists for this machine and model but failed or
+    gave other numbers than the reference; a plain `Unavailable` where it cannot exist (not installed, no kernel for
+    the dtype, the heads, the block size or the card). Its text starts with the implementation's name.
+    """
+    reasons: list[Unavailable] = []
     for name, kernel in _KERNELS.items():
         if kind not in ("auto", name):
             continue
@@ -201,15 +258,18 @@ def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, li
             check_attention(attention, geometry)
             return attention, reasons
         except Exception as error:  # a kernel may fail to build, to load or to launch, each in its own way
+            # One that cannot exist says so itself, in its constructor.
+            reason_type = Unavailable if type(error) is Unavailable else Faulty
+            reason = reason_type(f"{name} attention: {error}")
             if kind == name:
-                raise Unavailable(f"{name} attention: {error}") from error
-            reasons.append(f"{name}: {error}")
+                raise reason from error
+            reasons.append(reason)
     return ReferenceAttention(geometry), reasons
 
 
 @torch.inference_mode()
 def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
-    """Compare with the reference, on a pool whose unused positions are not numbers. Raises Unavailable."""
+    """Compare with the reference, on a pool whose unused positions are not numbers. Raises Faulty."""
     g, size = geometry, geometry.block_size
     most = g.max_blocks * size
     # Ends in, at and just behind a block's end, as far as the model goes; long enough for a kernel to split the keys.
@@ -248,4 +308,4 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
             error = float((ours - theirs).abs().max())
             if not error < _CHECK_TOLERANCE:
                 kind = "static" if static else "ragged" if max(query_lens) > 1 else "single"
-                raise Unavailable(f"differs from the reference by {error:.3g} ({kind} batch, window {window})")
+                raise Faulty(f"differs from the reference by {error:.3g} ({kind} batch, window {window})")

@@ -154,14 +154,6 @@ class BlockManager:
         if prefix.users == 0 and not prefix.resident:
             self.release(prefix.block_table)
 
-    def drop_idle(self) -> int:
-        """Forget every prefix that nobody uses; how many there were."""
-        idle = [prefix for prefix in self._prefixes.values() if prefix.users == 0]
-        for prefix in idle:
-            self.drop(prefix)
-        self.num_evictions += len(idle)
-        return len(idle)
-
     def fork(self, prefix: Prefix | None, names: Sequence[bytes], num_tokens: int) -> Fork | None:
         """A block table for `num_tokens` positions that starts with the prefix and with what is known of the text.
 
@@ -197,5 +189,5 @@ class BlockManager:
 @dataclass(frozen=True)
 class Fork:
     block_table: list[int]
-    copies: list[tuple[int, int]]  # (source, target) blocks, once the prefix is ready
+    copies: list[tuple[int, int]]  # (source, target) blocks
     num_tokens: int  # positions that need not be computed

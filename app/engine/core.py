@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,8 @@ from app.errors import EngineFailed, NumericalError, SoftpromptError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class EngineCore:
     """Owned by one thread."""
@@ -36,7 +39,6 @@ class EngineCore:
         self.num_steps = 0
         self.num_loads = 0
         self._releases: dict[Sequence, Callable[[], None]] = {}  # requests that have not ended
-        scheduler.has_keys_and_values = runner.has_keys_and_values
 
     @property
     def has_work(self) -> bool:
@@ -63,7 +65,7 @@ class EngineCore:
         self.runner.host.drop(digest)
         prefix = self.blocks.prefix(digest)
         if prefix is not None:
-            self.blocks.drop(prefix)
+            self.scheduler.drop(prefix)
 
     def step(self, before_run: Callable[[], None] = lambda: None) -> None:
         """Advance every scheduled row. An exception fails the prompt or the rows that cause it and no others.
@@ -72,19 +74,9 @@ class EngineCore:
         """
         step = self.scheduler.schedule()
         self._load(step)
-        self.runner.cache.copy(step.copies)
+        _with_memory(lambda: self.runner.cache.copy(step.copies))
         before_run()
-        rows = [row for row in step.rows if self._is_live(row)]
-        try:
-            output = self._run(rows)
-        except Exception as error:
-            if _is_fatal(error):
-                raise
-            log.exception("a step of %d rows failed; each is tried alone", len(rows))
-            for row in rows:
-                self._run_alone(row)
-        else:
-            self._update(rows, output)
+        self._run([row for row in step.rows if self._is_live(row)])
         self.num_steps += 1
 
     # -- the model -------------------------------------------------------------------------------------------------
@@ -92,38 +84,30 @@ class EngineCore:
     def _load(self, step: Step) -> None:
         for prompt, prefix in step.loads:
             try:
-                self.runner.load(prompt, prefix)
+                _with_memory(lambda: self.runner.load(prompt, prefix))  # noqa: B023  # called at once
                 self.num_loads += 1
             except Exception as error:
-                if _is_fatal(error):
+                if is_fatal(error):
                     raise
                 self._fail_prefix(prefix, error)
 
-    def _run(self, rows: list[Row]) -> StepOutput:
-        """Out of memory: give up what is not in use, and try once more."""
+    def _run(self, rows: list[Row]) -> None:
+        """Run the rows and take in what they gave. A failing batch is halved until what fails is alone."""
         try:
-            return self.runner.run(rows)
-        except torch.OutOfMemoryError:
-            log.warning("out of memory in a step of %d rows; %d idle prefixes go", len(rows), self.blocks.drop_idle())
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return self.runner.run(rows)
-
-    def _run_alone(self, row: Row) -> None:
-        if not self._is_live(row):  # its request ended with another of its rows
-            return
-        try:
-            output = self.runner.run([row])
+            output = _with_memory(lambda: self.runner.run(rows))
         except Exception as error:
-            if _is_fatal(error):
+            if is_fatal(error):
                 raise
-            log.exception("it fails alone, too")
-            if isinstance(row.sequence, PromptSequence):
-                self._fail_prefix(self._prefix_of(row.sequence), error)
+            log.exception("a step of %d rows failed", len(rows))
+            if len(rows) > 1:
+                for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                    self._run([row for row in half if self._is_live(row)])
+            elif isinstance(rows[0].sequence, PromptSequence):
+                self._fail_prefix(self._prefix_of(rows[0].sequence), error)
             else:
-                self._end(row.sequence, _client_error(error))
+                self._end(rows[0].sequence, _client_error(error))
         else:
-            self._update([row], output)
+            self._update(rows, output)
 
     def _is_live(self, row: Row) -> bool:
         sequence = row.sequence
@@ -149,9 +133,9 @@ class EngineCore:
             return
         prefix = self._prefix_of(sequence)
         try:
-            self.runner.keep(prefix)
+            _with_memory(lambda: self.runner.keep(prefix))
         except Exception as error:
-            if _is_fatal(error):
+            if is_fatal(error):
                 raise
             self._fail_prefix(prefix, error)
         else:
@@ -209,7 +193,7 @@ class EngineCore:
                 score.pending -= 1
             else:
                 sequence = ContinuationSequence([*context.token_ids, *tokens], score.prompt, score=score, index=index)
-                self.scheduler.add(sequence, first=True)
+                self.scheduler.add_next(sequence)
 
     # -- ends ------------------------------------------------------------------------------------------------------
 
@@ -219,8 +203,11 @@ class EngineCore:
     def _fail_prefix(self, prefix: Prefix, error: Exception) -> None:
         log.error("prefix %s could not be loaded: %s", prefix.key, error)
         self.runner.host.drop(prefix.key)
-        for sequence in self.scheduler.drop(prefix):
-            self._end(sequence, _client_error(error))
+        self.scheduler.drop(prefix)
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            waits = sequence.prefix is None and sequence.prompt is not None and sequence.prompt.digest == prefix.key
+            if waits or sequence.prefix is prefix:
+                self._end(sequence, _client_error(error))
 
     def _end(self, sequence: Sequence, error: Exception | None = None) -> None:
         """The one way out: blocks freed, the client told, the pin released, exactly once."""
@@ -232,10 +219,12 @@ class EngineCore:
         on_release = self._releases.pop(sequence, None)
         if on_release is None:
             return
-        self.scheduler.remove(sequence)
-        if error is not None:
-            sequence.fail(error)
-        on_release()
+        try:
+            self.scheduler.remove(sequence)
+        finally:  # even if the books are broken, which ends the engine: nobody else knows of this request any more
+            if error is not None:
+                sequence.fail(error)
+            on_release()
 
     def _drop_score(self, score: Score) -> None:
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
@@ -246,9 +235,23 @@ class EngineCore:
             self.blocks.drop(prefix)
 
 
-def _is_fatal(error: Exception) -> bool:
-    """After some errors of a device nothing on it works any more: the engine has to start anew."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+def is_fatal(error: Exception) -> bool:
+    """After some errors of a device nothing on it works any more in this process."""
+    return isinstance(error, torch.AcceleratorError)
+
+
+def _with_memory(work: Callable[[], T]) -> T:
+    """`work` once more, if the device has no memory for it, after all that lies unused has been given back.
+
+    The KV cache is taken at start and never grows, so evicting from it would free nothing.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        log.warning("out of memory; what is unused goes back to the device")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return work()
 
 
 def _client_error(error: Exception) -> SoftpromptError:

@@ -20,6 +20,10 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _TOKENS, _POSITIONS, _SLOTS, _NUM_KEYS = range(4)  # rows of the header
 
 
+class CaptureFailed(Exception):
+    """A graph could not be captured; nothing that matters was written."""
+
+
 class GraphBackend(Protocol):
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Something that does what `run` does, on the memory it used; it returns the same tensor every time."""
@@ -56,12 +60,12 @@ class CudaGraphs:
 
 
 def upload(ints: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 on the device by one copy that nobody waits for.
+    """int32 on the device by one copy; on CUDA one that nobody waits for.
 
     The caching host allocator keeps the pinned memory until the copy is done.
     """
     host = torch.frombuffer(array("i", ints), dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class DecodeInputs:
@@ -158,11 +162,14 @@ class GraphRunner:
         )
 
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
-        """float32 logits [spans, vocab_size], the caller's own."""
+        """float32 logits [spans, vocab_size], the caller's own. Raises CaptureFailed."""
         rows = next(size for size in self._buckets if size >= len(spans))
         lengths, tables = self._inputs.fill(rows, spans, self._block_size)
         batch = self._inputs.batch(rows, lengths, tables, self._block_size)
         self._plan(batch)
         if rows not in self._graphs:
-            self._graphs[rows] = self._backend.capture(lambda: self._decode(self._inputs, batch))
+            try:
+                self._graphs[rows] = self._backend.capture(lambda: self._decode(self._inputs, batch))
+            except Exception as error:  # a driver, a kernel or memory, each in its own way
+                raise CaptureFailed(f"a graph for {rows} rows: {error}") from error
         return self._graphs[rows]()[: len(spans)].to(torch.float32, copy=True)

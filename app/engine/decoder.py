@@ -7,6 +7,7 @@ rounds once, so in bfloat16 it is a little nearer to float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,11 +18,13 @@ import torch
 from torch.nn import functional
 
 from app.engine.attention_kernels import Kind, choose_attention
-from app.engine.cuda_graphs import CudaGraphs, DecodeInputs, GraphBackend, GraphRunner, upload
+from app.engine.cuda_graphs import CaptureFailed, CudaGraphs, DecodeInputs, GraphBackend, GraphRunner, upload
 from app.engine.forward import Span
 from app.engine.kv_cache import KVCache
 from app.engine.paged_attention import Geometry, PagedBatch
 from app.engine.weights import DecoderWeights, LayerWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +42,9 @@ class FusedDecoder:
     Construction moves the matrices it fuses into common memory and lets the model's own parameters be views of it:
     the model works as before, with the same values, and nothing is held twice. After that the model must not be moved.
 
-    `graphs=None` captures decode steps where that pays: on CUDA, with an attention kernel. Raises
-    attention_kernels.Unavailable if `attention` names an implementation that this machine cannot have, ValueError for
+    `graphs=None` captures decode steps where that pays: on CUDA, with an attention kernel. A capture that fails ends
+    them for good, and `describe` says why. Raises
+    attention_kernels.Unavailable if `attention` names an implementation that is not to be had here, ValueError for
     `graphs=True` without CUDA.
     """
 
@@ -77,7 +81,7 @@ class FusedDecoder:
             dtype=self._data.dtype,
             device=self._data.device,
         )
-        self._attention, reasons = choose_attention(attention, geometry)
+        self._attention, self.not_used = choose_attention(attention, geometry)
         on_cuda = self._data.device.type == "cuda"
         if graphs and not on_cuda and graph_backend is None:
             raise ValueError("CUDA graphs need a CUDA device")
@@ -93,12 +97,17 @@ class FusedDecoder:
                 block_size=cache.block_size,
                 device=self._data.device,
             )
-        self.describe = (
-            f"fused {type(model).__name__} in {str(self._data.dtype).removeprefix('torch.')} on {self._data.device}, "
-            f"attention {self._attention.name}, CUDA graphs {'on' if graphs else 'off'}"
+        self._name = type(model).__name__
+        self._without = [str(reason) for reason in self.not_used] if on_cuda else []
+
+    @property
+    def describe(self) -> str:
+        """See `Forward`."""
+        text = (
+            f"fused {self._name} in {str(self._data.dtype).removeprefix('torch.')} on {self._data.device}, "
+            f"attention {self._attention.name}, CUDA graphs {'off' if self._graphs is None else 'on'}"
         )
-        if reasons and on_cuda:
-            self.describe += f" (not used: {'; '.join(reasons)})"
+        return f"{text} (not used: {'; '.join(self._without)})" if self._without else text
 
     @torch.inference_mode()
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -106,7 +115,12 @@ class FusedDecoder:
         if any(span.end > self._max_positions for span in spans):
             raise ValueError(f"positions beyond {self._max_positions}")
         if self._graphs is not None and self._graphs.takes(spans):
-            return self._graphs(spans)
+            try:
+                return self._graphs(spans)
+            except CaptureFailed as error:
+                log.warning("no CUDA graphs, so decoding is slower: %s", error, exc_info=True)
+                self._graphs = None
+                self._without.append(str(error))
         if not spans:
             return self._weights.embedding.new_empty(0, len(self._weights.lm_head), dtype=torch.float32)
         return self._eager(spans).float()

@@ -16,18 +16,22 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from app.engine import Constraint, EngineStats, SamplingParams
 from app.engine.attention_kernels import preferred_block_size
 from app.engine.backend import Quantization, build_forward
 from app.engine.block_manager import BlockManager
-from app.engine.core import EngineCore
+from app.engine.core import EngineCore, is_fatal
 from app.engine.generation import LocalGeneration, Outbox, post
 from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache, default_num_tokens
-from app.engine.model_runner import ModelRunner, self_check
+from app.engine.model_runner import ModelRunner, self_check, self_check_blocks
+from app.engine.native.decoder import NativeDecoder
 from app.engine.restarts import RESTART_DELAY, Restarts
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
+from app.engine.weights import decoder_weights
 from app.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
 from app.soft_prompt import BaseInfo, SoftPrompt
 
@@ -73,7 +77,10 @@ class LocalEngine:
             raise ValueError(f"the base model must be frozen; {trainable[0]} requires grad")
         self._info = info
         self._max_in_flight = max_num_seqs + max_waiting
-        self._block_size = block_size = preferred_block_size(model.device, model.dtype, BLOCK_SIZE)
+        fused = decoder_weights(model, info.max_model_len) is not None
+        self._block_size = block_size = preferred_block_size(
+            model.device, model.dtype, BLOCK_SIZE, info.head_dim, fused
+        )
         if kv_cache_tokens is None:
             kv_cache_tokens = default_num_tokens(info, model.dtype, model.device, block_size)
         num_blocks = 1 + -(-kv_cache_tokens // block_size)
@@ -82,8 +89,9 @@ class LocalEngine:
         self._num_blocks = num_blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + block_size)
-        self._host_cache_bytes = host_cache_bytes
+        self._host = HostCache(host_cache_bytes)
         self._model = model
+        self._num_torch_threads = torch.get_num_threads()
         self._cache = KVCache(
             info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
@@ -121,11 +129,15 @@ class LocalEngine:
 
     def start(self) -> None:
         """Check the model once, then start the thread. Raises InvalidBaseModel."""
-        blocks = self._blocks.allocate(2)
+        wanted = self_check_blocks(self._model, self._info, self._block_size)
+        blocks = self._blocks.allocate(max(2, min(wanted, self._blocks.num_usable_blocks)))
         if blocks is None:
             raise ValueError(f"the KV cache needs at least {2 * self._block_size} tokens")
-        self_check(self._forward, self._model, self._info, blocks, tolerance=self._tolerance)
+        self_check(self._forward, self._model, self._info, blocks, self._block_size, tolerance=self._tolerance)
         self._blocks.release(blocks)
+        if isinstance(self._forward, NativeDecoder):
+            # Its threads and those that torch would keep spinning after every operation fight for the same cores.
+            torch.set_num_threads(1)
         self._open = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -138,6 +150,7 @@ class LocalEngine:
         self._inbox.put(lambda: None)  # wakes an idle thread
         if self._thread is not None:
             self._thread.join()
+        torch.set_num_threads(self._num_torch_threads)
 
     def generate(
         self,
@@ -277,12 +290,11 @@ class LocalEngine:
             except Exception as crash:
                 log.exception("the engine died")
                 error = EngineFailed(f"the engine died: {type(crash).__name__}")
+                if is_fatal(crash):
+                    self._restarts.exhausted = True
             with self._door:
                 self._open = False
-            try:
-                self._obey(wait=False)  # what came in before the door closed gets the error too
-            except Exception:
-                log.exception("a command failed after the engine had died")
+            self._obey_all()  # what came in before the door closed gets the error too
             self._core.fail_all(error)
             self._outbox.flush()
             if not self._restart():
@@ -298,6 +310,13 @@ class LocalEngine:
             if not self._core.has_work:
                 self._outbox.flush()
             self._last_turn = time.monotonic()
+
+    def _obey_all(self) -> None:
+        while not self._inbox.empty():
+            try:
+                self._inbox.get_nowait()()
+            except Exception:
+                log.exception("a command failed after the engine had died")
 
     def _restart(self) -> bool:
         """Begin anew after a while, unless the engine was stopped or dies again and again."""
@@ -320,8 +339,11 @@ class LocalEngine:
     def _new_core(self) -> EngineCore:
         """Empty books over the same memory; what stale blocks hold is never read."""
         blocks = BlockManager(self._num_blocks, self._block_size)
-        scheduler = Scheduler(blocks, self._max_num_seqs, self._max_num_batched_tokens)
-        return EngineCore(blocks, scheduler, ModelRunner(self._forward, self._cache, HostCache(self._host_cache_bytes)))
+        runner = ModelRunner(self._forward, self._cache, self._host)
+        scheduler = Scheduler(
+            blocks, self._max_num_seqs, self._max_num_batched_tokens, has_keys_and_values=runner.has_keys_and_values
+        )
+        return EngineCore(blocks, scheduler, runner)
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out the inbox's commands; with `wait`, give one a moment to arrive."""

@@ -18,9 +18,17 @@ class SamplingRow:
 
     params: SamplingParams
     draw: float  # uniform in [0, 1); used when temperature > 0
-    prompt_token_ids: Sequence[int]  # the text before the answer; virtual tokens are not text
-    output_token_ids: Sequence[int]  # the answer so far
+    token_ids: Sequence[int]  # the prompt text, then the answer so far; virtual tokens are not text
+    num_prompt_tokens: int
     constraint: Constraint | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.token_ids[self.num_prompt_tokens :]
 
 
 def is_plain(row: SamplingRow) -> bool:
@@ -48,11 +56,11 @@ def _repeats(row: SamplingRow) -> bool:
 
 
 def _counts(row: SamplingRow) -> bool:
-    return bool(row.params.presence_penalty or row.params.frequency_penalty) and bool(row.output_token_ids)
+    return bool(row.params.presence_penalty or row.params.frequency_penalty) and row.num_output_tokens > 0
 
 
 def _too_short_to_stop(row: SamplingRow) -> bool:
-    return len(row.output_token_ids) < row.params.min_tokens
+    return row.num_output_tokens < row.params.min_tokens
 
 
 class _Places:
@@ -69,8 +77,8 @@ class _Places:
         self.row = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths))
         self.token = torch.tensor(flat, dtype=torch.int64)
         self._vocab_size = logits.shape[-1]
-        self.valid = (self.token >= 0) & (self.token < self._vocab_size)
-        self.row, self.token = self.row[self.valid], self.token[self.valid]
+        valid = (self.token >= 0) & (self.token < self._vocab_size)
+        self.row, self.token = self.row[valid], self.token[valid]
 
     def count(self) -> torch.Tensor:
         """Make the places unique; how often each was there, float32 [n]."""
@@ -92,8 +100,7 @@ def _repetition_penalty(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> No
     used = [(i, row) for i, row in enumerate(rows) if _repeats(row)]
     if not used:
         return
-    texts = [(i, ids) for i, row in used for ids in (row.prompt_token_ids, row.output_token_ids)]
-    places = _Places(logits, texts)
+    places = _Places(logits, [(i, row.token_ids) for i, row in used])
     index = places.index(logits.device)
     penalty = places.of([row.params.repetition_penalty for row in rows]).to(logits.device)
     found = logits[index]
@@ -118,15 +125,22 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     used = [(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias]
     if not used:
         return
-    places = _Places(logits, used)
-    bias = torch.tensor([value for _, biases in used for value in biases.values()], dtype=torch.float32)[places.valid]
+    known = [(i, _in_vocabulary(biases, logits)) for i, biases in used]
+    places = _Places(logits, known)
+    values = [biases[token] for (_, biases), (_, tokens) in zip(used, known, strict=True) for token in tokens]
+    bias = torch.tensor(values, dtype=torch.float32)
     index = places.index(logits.device)
     logits[index] = logits[index] + bias.to(logits.device)
 
 
+def _in_vocabulary(token_ids: Iterable[int], logits: torch.Tensor) -> list[int]:
+    """Of ids that a request names, which may be of any size."""
+    return [token_id for token_id in token_ids if 0 <= token_id < logits.shape[-1]]
+
+
 def _forbid_stop_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    used = [(i, row.params.stop_token_ids) for i, row in enumerate(rows) if _too_short_to_stop(row)]
-    if used:
+    stops = [(i, row.params.stop_token_ids) for i, row in enumerate(rows) if _too_short_to_stop(row)]
+    if used := [(i, _in_vocabulary(tokens, logits)) for i, tokens in stops]:
         logits[_Places(logits, used).index(logits.device)] = -torch.inf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +14,21 @@ from app.engine.block_manager import Prefix
 from app.engine.forward import Forward, Span
 from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache
-from app.engine.sampler import Sampled, SamplingRow, sample, token_logprobs
+from app.engine.sampler import Sampled, SamplingRow, sample, target_logprobs, token_logprobs
 from app.engine.scheduler import Row
 from app.engine.sequence import ContextSequence, ContinuationSequence, GenerationSequence
 from app.errors import InvalidBaseModel, NumericalError
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 NOT_FINITE = "the model gave logits that are not finite for this request"
+_CHECKED_WINDOW = 512  # positions; to exceed a larger one would take too long at every start
 
 
 @dataclass(eq=False)
 class StepOutput:
     """What a step found, by row; an exception fails that row alone."""
 
-    tokens: dict[Row, Sampled | Exception] = field(default_factory=dict)
+    tokens: dict[Row, Sampled | Exception] = field(default_factory=dict)  # an exception also for a chunk of a prompt
     prompt_logprobs: dict[Row, list[Logprob]] = field(default_factory=dict)
     scores: dict[Row, list[float] | Exception] = field(default_factory=dict)
 
@@ -57,7 +59,8 @@ class ModelRunner:
         """Put a soft prompt that the model has computed into host memory. Raises NumericalError if not finite."""
         computed = self.cache.read(prefix.block_table, prefix.num_tokens)
         _require_finite(computed)
-        self.host.put(prefix.key, computed.cpu())
+        if prefix.resident:  # else it was unloaded meanwhile
+            self.host.put(prefix.key, computed.cpu())
 
     @torch.inference_mode()
     def run(self, rows: Rows[Row]) -> StepOutput:
@@ -77,7 +80,7 @@ class ModelRunner:
         ]
         logits = self._forward(spans)
         drawing: list[tuple[int, Row]] = []  # where in `logits`
-        scoring: list[tuple[int, Row]] = []
+        scoring: list[tuple[int, Row]] = []  # likewise, its first position
         end = 0
         for row, span in zip(rows, spans, strict=True):
             start, end = end, end + span.num_logits
@@ -90,12 +93,16 @@ class ModelRunner:
             num_top = sequence.params.prompt_logprobs
             if num_top is not None and (targets := sequence.prompt_targets(row.start, row.end)):
                 predicting = logits[start : start + len(targets)]
-                output.prompt_logprobs[row] = token_logprobs(predicting, targets, num_top)
+                try:
+                    output.prompt_logprobs[row] = token_logprobs(predicting, targets, num_top)
+                except NumericalError as error:
+                    output.tokens[row] = error
+                    continue
             if row.end == sequence.num_tokens:
                 drawing.append((end - 1, row))
         self._draw(logits, drawing, output)
-        for start, row in scoring:
-            output.scores[row] = _score(logits[start : start + row.num_logits], row)
+        if scoring:
+            output.scores = _score(logits, scoring)
         return output
 
     @staticmethod
@@ -110,30 +117,32 @@ class ModelRunner:
 
 
 def _sampling_row(sequence: Any) -> SamplingRow:
-    params = sequence.params
-    draw = sequence.draw if params.temperature > 0 else 0.0
-    # The texts are copied only for those who look at them: in most steps that is nobody.
-    prompt = sequence.token_ids[: sequence.num_prompt_tokens] if params.repetition_penalty != 1 else ()
-    looks_back = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
-    output = sequence.output_token_ids if looks_back or params.min_tokens else ()
-    return SamplingRow(params, draw, prompt, output, sequence.constraint)
+    draw = sequence.draw if sequence.params.temperature > 0 else 0.0
+    return SamplingRow(sequence.params, draw, sequence.token_ids, sequence.num_prompt_tokens, sequence.constraint)
 
 
-def _score(logits: torch.Tensor, row: Row) -> list[float] | Exception:
-    """Log-probabilities, in nats, of the tokens that a scoring row's positions predict."""
-    sequence = row.sequence
-    if isinstance(sequence, ContinuationSequence):
-        index = torch.tensor(sequence.targets(row.start, row.end), device=logits.device)[:, None]
-    else:
-        assert isinstance(sequence, ContextSequence)
-        index = torch.tensor([[tokens[0] for tokens in sequence.score.continuations]], device=logits.device)
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    found = (logits.gather(-1, index) - total).flatten()
-    # NaN anywhere in a position's logits makes its total NaN, infinity makes it infinite.
-    if not bool(torch.isfinite(total).all()):
-        return NumericalError(NOT_FINITE)
-    logprobs: list[float] = found.tolist()
-    return logprobs
+def _score(logits: torch.Tensor, scoring: Rows[tuple[int, Row]]) -> dict[Row, list[float] | Exception]:
+    """Log-probabilities, in nats, of the tokens that scoring rows' positions predict; all rows at once."""
+    positions: list[int] = []
+    targets: list[int] = []
+    ends: list[int] = []  # of each row's share
+    for start, row in scoring:
+        sequence = row.sequence
+        if isinstance(sequence, ContinuationSequence):
+            own = sequence.targets(row.start, row.end)
+            positions += range(start, start + len(own))
+        else:
+            assert isinstance(sequence, ContextSequence)
+            own = [tokens[0] for tokens in sequence.score.continuations]
+            positions += [start] * len(own)
+        targets += own
+        ends.append(len(targets))
+    found = target_logprobs(logits, positions, targets)
+    scores: dict[Row, list[float] | Exception] = {}
+    for (_, row), begin, end in zip(scoring, [0, *ends], ends, strict=False):
+        own_found = found[begin:end]
+        scores[row] = NumericalError(NOT_FINITE) if any(map(math.isnan, own_found)) else own_found
+    return scores
 
 
 def _require_finite(keys_and_values: torch.Tensor) -> None:
@@ -141,24 +150,59 @@ def _require_finite(keys_and_values: torch.Tensor) -> None:
         raise NumericalError(f"the soft prompt's keys and values are not finite in {keys_and_values.dtype}")
 
 
+def self_check_blocks(model: Any, info: BaseInfo, block_size: int) -> int:
+    """How many blocks `self_check` wants: past the end of a block and of a small sliding window. It does with 2."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    length = (window if window <= _CHECKED_WINDOW else 0) + block_size + 4
+    return 1 + -(-min(length, info.max_model_len) // block_size)
+
+
 @torch.inference_mode()
-def self_check(forward: Forward, model: Any, info: BaseInfo, blocks: list[int], *, tolerance: float) -> None:
-    """Compare a chunked, mixed, out-of-order batch with the model's plain forward, on `blocks` (scratch).
+def self_check(
+    forward: Forward, model: Any, info: BaseInfo, blocks: list[int], block_size: int, *, tolerance: float
+) -> None:
+    """Compare chunked, mixed, out-of-order batches with the model's plain forward, on `blocks` (scratch).
 
     Models that ignore our masks or positions (ALiBi, recurrent states) would give wrong tokens in silence; this finds
-    them at start. `tolerance` is relative to the largest logit. Raises InvalidBaseModel.
+    them at start. The last two batches decode, as CUDA graphs where there are any: one captures, one replays.
+    `tolerance` is relative to the largest logit. Raises InvalidBaseModel.
     """
-    ids = [i * 37 % info.vocab_size for i in range(1, 8)]
+    table, other = blocks[:-1], blocks[-1:]
+    end = min(len(table) * block_size, info.max_model_len)
+    ids = [i * 37 % info.vocab_size for i in range(1, end + 1)]
+    short = [i * 41 % info.vocab_size for i in range(2, 6)]
+    half, last = (end - 2) // 2, end - 2
+
+    def plain(text: list[int], count: int) -> torch.Tensor:
+        """Logits of the last `count` positions."""
+        tokens = torch.tensor([text], device=model.device)
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False, logits_to_keep=count).logits[0, -count:]
+        return logits.float()
+
     try:
-        plain = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
-        forward([Span(blocks[:1], 0, 3, ids[:3], 1)])
-        mixed = forward([Span(blocks[1:2], 0, 1, ids[:1], 1), Span(blocks[:1], 3, len(ids), ids[3:], 1)])
-        error = float((mixed[1].to(plain.device) - plain).abs().max() / plain.abs().max())
+        embeddings = model.get_input_embeddings()(torch.tensor(short[:2], device=model.device))
+        wanted, shorter = plain(ids, 3), plain(short, 3)
+        forward([Span(table, 0, half, ids[:half], 1)])
+        batches = (
+            [Span(other, 0, 2, embeddings, 1), Span(table, half, last, ids[half:last], 1)],
+            [Span(table, last, last + 1, ids[last : last + 1], 1), Span(other, 2, 3, short[2:3], 1)],
+            [Span(other, 3, 4, short[3:], 1), Span(table, last + 1, end, ids[last + 1 :], 1)],
+        )
+        found = [forward(batch).to(model.device) for batch in batches]
+        expected = (
+            torch.stack([shorter[0], wanted[0]]),
+            torch.stack([wanted[1], shorter[1]]),
+            torch.stack([shorter[2], wanted[2]]),
+        )
+        errors = [
+            float(((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max())
+            for ours, theirs in zip(found, expected, strict=True)
+        ]
     except Exception as cause:
         raise InvalidBaseModel(f"{info.architecture} cannot be served: its forward failed: {cause}") from cause
-    if not error < tolerance:
+    if not all(error < tolerance for error in errors):
         raise InvalidBaseModel(
             f"{info.architecture} cannot be served in mixed batches: its logits differ by a factor of "
-            f"{error:.3g} from its own forward (limit {tolerance}); it needs causal attention that "
-            "honours attention masks and position ids"
+            f"{', '.join(f'{error:.3g}' for error in errors)} from its own forward (limit {tolerance}); it needs "
+            "causal attention that honours attention masks and position ids"
         )

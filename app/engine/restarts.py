@@ -16,7 +16,7 @@ class Restarts:
         """`delay` in seconds is the first one's."""
         self._delay = delay
         self._times: list[float] = []  # of the restarts, on the monotonic clock
-        self.exhausted = False
+        self.exhausted = False  # or there is no use in another one
 
     @property
     def count(self) -> int:
@@ -26,8 +26,8 @@ class Restarts:
         """Seconds to wait before starting again, which counts as done from here on; None: give up."""
         now = time.monotonic()
         recent = sum(then > now - WINDOW for then in self._times)
-        if recent >= MAX_RESTARTS:
-            self.exhausted = True
+        self.exhausted = self.exhausted or recent >= MAX_RESTARTS
+        if self.exhausted:
             return None
         self._times.append(now)
         return self._delay * float(2**recent)

@@ -12,7 +12,7 @@ from app.engine.distribution import crossing, ranked, total, tree, weights
 from app.engine.logits import SamplingRow, is_plain, process
 from app.errors import InvalidRequest, NumericalError
 
-__all__ = ["Sampled", "SamplingRow", "sample", "token_logprobs"]
+__all__ = ["Sampled", "SamplingRow", "sample", "target_logprobs", "token_logprobs"]
 
 WIDTH = 256  # best tokens that a row with filters looks at first; few distributions need more to reach top_p
 # Logits worked on at once, by device: what stays in the cache of a CPU, or fits the memory of a GPU as float64.
@@ -35,7 +35,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | 
     A token is drawn by inverting the cumulative distribution in vocabulary order (see app.engine.distribution).
     """
     logits = _prepared(logits)
-    device = logits.device
+    device, vocab_size = logits.device, logits.shape[-1]
     best, tokens = logits.max(dim=-1)  # NOTE: max propagates NaN, so it also finds the broken rows
     finite = torch.isfinite(best)
 
@@ -50,7 +50,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | 
         best, tokens = best.clone(), tokens.clone()
         best[index], tokens[index] = found.max(dim=-1)
     for choose, has_filter in ((_draw, False), (_draw_filtered, True)):
-        warm = [i for i, row in enumerate(rows) if row.params.temperature > 0 and _has_filter(row) == has_filter]
+        warm = [
+            i for i, row in enumerate(rows) if row.params.temperature > 0 and _has_filter(row, vocab_size) == has_filter
+        ]
         for some in _chunks(warm, logits):
             index = torch.tensor(some, device=device)
             tokens[index] = choose(processed[index], best[index], [rows[i] for i in some])
@@ -85,6 +87,29 @@ def token_logprobs(logits: torch.Tensor, targets: Sequence[int], num_top: int) -
     return found
 
 
+def target_logprobs(logits: torch.Tensor, positions: Sequence[int], targets: Sequence[int]) -> list[float]:
+    """Log-probability of each target by the logits at its position, of which several may share one.
+
+    NaN where those logits are not finite. However many there are: one pass over the positions, one copy to the host.
+    """
+    places = {position: place for place, position in enumerate(dict.fromkeys(positions))}
+    bests, totals = [], []
+    for some in _chunks(list(places), logits):
+        chunk = _prepared(logits[torch.tensor(some, device=logits.device)])
+        bests.append(chunk.amax(dim=-1))
+        totals.append(_log_total(chunk, bests[-1]))
+    index = torch.tensor([positions, targets], device=logits.device)
+    values = _prepared(logits[index[0], index[1]])
+    place = torch.tensor([places[position] for position in positions], device=values.device)
+    found: list[float] = ((values - torch.cat(bests)[place]).double() - torch.cat(totals)[place]).tolist()
+    return found
+
+
+def _log_total(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """float64 [rows]: what makes probabilities sum to 1, as logarithm, relative to the best logit."""
+    return total(tree(weights(logits, best, torch.ones_like(best, dtype=torch.float64)))).log()
+
+
 def _prepared(logits: torch.Tensor) -> torch.Tensor:
     """float32, and where float64 is to be had, which Apple's GPUs do not have."""
     logits = logits.detach().float().contiguous()
@@ -109,7 +134,7 @@ def _chunks(rows: Sequence[int], logits: torch.Tensor) -> Iterator[Sequence[int]
 def _logprobs(logits: torch.Tensor, ids: torch.Tensor, counts: Sequence[int]) -> list[Logprob]:
     """Of `ids` [rows], and of each row's `counts` likeliest tokens. NaN where logits are not finite."""
     best = logits.amax(dim=-1)
-    log_total = total(tree(weights(logits, best, torch.ones_like(best, dtype=torch.float64)))).log()
+    log_total = _log_total(logits, best)
     width = min(max(counts), logits.shape[-1])
     columns = torch.cat([ids.unsqueeze(-1), ranked(logits, width)] if width else [ids.unsqueeze(-1)], dim=-1)
     values = (logits.gather(-1, columns) - best.unsqueeze(-1)).double() - log_total.unsqueeze(-1)
@@ -122,8 +147,8 @@ def _logprobs(logits: torch.Tensor, ids: torch.Tensor, counts: Sequence[int]) ->
     return found
 
 
-def _has_filter(row: SamplingRow) -> bool:
-    return row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0
+def _has_filter(row: SamplingRow, vocab_size: int) -> bool:
+    return 0 < row.params.top_k < vocab_size or row.params.top_p < 1 or row.params.min_p > 0
 
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:

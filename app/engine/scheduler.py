@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from app.soft_prompt import SoftPrompt
 
 
+MAX_LOADED_TOKENS = 2048  # copied in a step, or one prompt; more would be felt by those who stream
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """Positions [start, end) of one sequence."""
@@ -39,13 +42,17 @@ class Step:
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source, target) blocks
     rows: list[Row] = field(default_factory=list)
 
+    @property
+    def num_loaded_tokens(self) -> int:
+        return sum(prefix.num_tokens for _, prefix in self.loads)
+
 
 @dataclass
 class Scheduler:
     """Running sequences go first, so a stream never waits for an admission; waiting tasks take turns.
 
-    A soft prompt that has to be computed is a row like any other, in chunks under the same budget: its own requests
-    hold their blocks and wait for it, and nobody else does.
+    A soft prompt that has to be computed is a row like any other, in chunks under the same budget. Its requests wait
+    in their lane until it is there; the others go on.
     """
 
     blocks: BlockManager
@@ -65,28 +72,35 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.loading)
 
-    def add(self, sequence: Sequence, *, first: bool = False) -> None:
-        if first:
-            self.waiting.add_first(sequence)
-        else:
-            self.waiting.add(sequence)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.add(sequence)
+
+    def add_next(self, sequence: Sequence) -> None:
+        """Before what else waits for the same prompt."""
+        self.waiting.add_next(sequence)
 
     def schedule(self) -> Step:
         """Choose rows under the token budget. Every row's blocks are there when this returns."""
         step = Step()
-        budget = self.max_num_batched_tokens
-        turns = [sequence for sequence in self.running if self._may_run(sequence)]
-        loads = list(self.loading.values())
-        budget = self._add_loads(step, loads, budget - len(turns)) + len(turns)
-        for turn, sequence in enumerate(turns, start=1):
-            if sequence not in self.running:  # preempted for an earlier one
-                continue
-            # A long prompt takes what the rows after it leave: one token each.
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget - (len(turns) - turn))
-            if self._grow(sequence, sequence.num_computed_tokens + count):
-                budget -= self._add_row(step, sequence, count)
-        budget = self._admit(step, budget)
-        self._add_loads(step, [load for load in self.loading.values() if load not in loads], budget)
+        prefilling = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        for sequence in [sequence for sequence in self.running if sequence.num_uncomputed_tokens == 1]:
+            # Streams may need a block each, and may preempt for it; the others hold all the blocks of their texts.
+            if sequence in self.running and self._grow(sequence):
+                self._add_row(step, sequence, 1)
+        prefilling = [sequence for sequence in prefilling if sequence in self.running]
+        # What streams leave is shared: loads take up to half, those who wait up to half of the rest, so that neither
+        # a long text nor a long soft prompt keeps others from starting; what one does not need goes to the next.
+        budget = self.max_num_batched_tokens - len(step.rows)
+        spare = max(0, budget - len(prefilling))
+        for_loads = min((spare + 1) // 2, sum(load.num_uncomputed_tokens for load in self.loading.values()))
+        for_waiting = (spare - for_loads + 1) // 2
+        budget -= for_loads + for_waiting - self._admit(step, for_waiting)
+        for turn, sequence in enumerate(prefilling, start=1):
+            budget -= self._add_row(step, sequence, budget - (len(prefilling) - turn))
+        budget = self._admit(step, budget) + for_loads
+        for load in self.loading.values():
+            if budget > 0:
+                budget -= self._add_row(step, load, budget)
         if not self.running and not self.loading and self.waiting:
             self._make_room_for(self.waiting.heads()[0])
         return step
@@ -101,15 +115,14 @@ class Scheduler:
         return True
 
     def loaded(self, prefix: Prefix) -> None:
-        """The prefix's keys and values are in place: its requests may go on."""
+        """The prefix's keys and values are in place: its requests may start."""
         prefix.ready = True
         self._end_load(prefix)
 
-    def drop(self, prefix: Prefix) -> list[Sequence]:
-        """Give a prefix up, while it is being computed too; the sequences that stand on it, still running."""
+    def drop(self, prefix: Prefix) -> None:
+        """Give a prefix up, while it is being computed too; whoever runs on it has it to the end."""
         self._end_load(prefix)
         self.blocks.drop(prefix)
-        return [sequence for sequence in self.running if sequence.prefix is prefix]
 
     def computed(self, row: Row) -> None:
         """A row has run: what it filled of the text can be found by others from now on."""
@@ -132,15 +145,22 @@ class Scheduler:
             for sequence in self.waiting.heads():
                 if budget <= 0 or len(self.running) >= self.max_num_seqs:
                     return budget
-                if self._is_being_computed(sequence):
+                context = self.blocks.prefix(sequence.context_key)
+                if context is None and self._is_being_computed(sequence):
                     continue  # a twin is at it; in a moment its blocks can be shared
-                if not self._start(step, sequence):
-                    return budget  # nobody overtakes it to the blocks that are freed next
+                prefix = context
+                if prefix is None and sequence.prompt is not None:
+                    prefix = self._find_or_load(step, sequence.prompt)
+                    if prefix is None:
+                        return budget  # nobody overtakes it to the blocks that are freed next
+                    if not prefix.ready:
+                        continue
+                if not self._start(step, sequence, prefix, [] if context else self._names(sequence)):
+                    return budget
                 admitted = True
                 self.waiting.admit(sequence)
                 self.running.append(sequence)
-                if self._may_run(sequence):
-                    budget -= self._add_row(step, sequence, budget)
+                budget -= self._add_row(step, sequence, budget)
         return budget
 
     def _make_room_for(self, sequence: Sequence) -> None:
@@ -149,20 +169,14 @@ class Scheduler:
         if context is not None:
             self.blocks.drop(context)
 
-    def _start(self, step: Step, sequence: Sequence) -> bool:
+    def _start(self, step: Step, sequence: Sequence, prefix: Prefix | None, names: list[bytes]) -> bool:
         """Give a waiting sequence its prefix and blocks for all its tokens, or change nothing it can see."""
-        prefix = self.blocks.prefix(sequence.context_key)
-        if prefix is None and sequence.prompt is not None:
-            prefix = self._find_or_load(step, sequence.prompt)
-            if prefix is None:
-                return False
-        names = self._names(sequence)
         fork = self.blocks.fork(prefix, names, sequence.num_tokens)
         if fork is None:
             return False
+        step.copies += fork.copies
         sequence.prefix = prefix
         sequence.block_table = fork.block_table
-        sequence.copies = fork.copies
         sequence.num_computed_tokens = fork.num_tokens
         if isinstance(sequence, GenerationSequence) and sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = fork.num_tokens - sequence.num_virtual_tokens
@@ -172,28 +186,30 @@ class Scheduler:
         return True
 
     def _find_or_load(self, step: Step, prompt: SoftPrompt) -> Prefix | None:
-        """The prompt's prefix; if it is not resident, with blocks and on its way. None: no blocks."""
+        """The prompt's prefix; if it is not resident, with blocks and on its way. None: no blocks, or not now."""
         prefix = self.blocks.prefix(prompt.digest)
         if prefix is None:
+            by_copy = self.has_keys_and_values(prompt)
+            if by_copy and step.loads and step.num_loaded_tokens + prompt.num_virtual_tokens > MAX_LOADED_TOKENS:
+                return None
             table = self.blocks.allocate(self.blocks.num_blocks_for(prompt.num_virtual_tokens))
             if table is None:
                 return None
-            prefix = Prefix(prompt.digest, prompt.num_virtual_tokens, table, users=1)
+            prefix = Prefix(prompt.digest, prompt.num_virtual_tokens, table, ready=by_copy)
             self.blocks.add(prefix)
-            if self.has_keys_and_values(prompt):
-                prefix.users = 0
-                prefix.ready = True
+            if by_copy:
                 step.loads.append((prompt, prefix))
             else:
+                prefix.users += 1
                 self.loading[prefix] = PromptSequence([], prompt, block_table=table)
         return prefix
 
     def _names(self, sequence: Sequence) -> list[bytes]:
-        """Of the full blocks of its text that others may have, or may want, all but the last token's."""
+        """Of the full blocks of its text that it could share, up to the first position it needs logits of."""
         if not sequence.reads_cached_text:
             return []
         size = self.blocks.block_size
-        return sequence.block_names(sequence.num_virtual_tokens // size, (sequence.num_tokens - 1) // size, size)
+        return sequence.block_names(sequence.num_virtual_tokens // size, sequence.first_needed_position // size, size)
 
     def _is_being_computed(self, sequence: Sequence) -> bool:
         """Whether the next block that it would have to compute is on its way in another sequence."""
@@ -205,28 +221,16 @@ class Scheduler:
     # -- running ---------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _may_run(sequence: Sequence) -> bool:
-        return sequence.prefix is None or sequence.prefix.ready
-
-    @staticmethod
     def _add_row(step: Step, sequence: Sequence, budget: int) -> int:
         """As many tokens as there are and the budget allows; how many that is."""
         start = sequence.num_computed_tokens
-        count = min(sequence.num_tokens - start, budget)
-        step.copies += sequence.copies
-        sequence.copies = []
+        count = min(sequence.num_uncomputed_tokens, budget)
         step.rows.append(Row(sequence, start, start + count))
         return count
 
-    def _add_loads(self, step: Step, loads: list[PromptSequence], budget: int) -> int:
-        for load in loads:
-            if budget > 0:
-                budget -= self._add_row(step, load, budget)
-        return budget
-
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for `num_tokens` positions, preempting the newest sequences; False if that was `sequence`."""
-        missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for all its tokens, preempting the newest sequences; False if that was `sequence`."""
+        missing = self.blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
         while missing > 0:
             blocks = self.blocks.allocate(missing)
             if blocks is not None:
@@ -242,7 +246,7 @@ class Scheduler:
         """Back to the head of the queue; what it had computed is computed again later, bit for bit the same input."""
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.add_first(sequence)
+        self.waiting.resume(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -250,7 +254,6 @@ class Scheduler:
             if self._computing.get(name) is sequence:
                 del self._computing[name]
         self.blocks.release(sequence.block_table)
-        sequence.copies = []
         sequence.num_computed_tokens = 0
         if sequence.prefix is not None:
             self.blocks.unfork(sequence.prefix)

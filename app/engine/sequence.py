@@ -31,7 +31,6 @@ class Sequence:
     num_computed_tokens: int = 0  # positions whose keys and values are in `block_table`
     block_table: list[int] = field(default_factory=list)
     prefix: Prefix | None = None  # in use while the sequence holds blocks
-    copies: list[tuple[int, int]] = field(default_factory=list)  # of blocks, to be made before its first row
     names: list[bytes] = field(default_factory=list)  # of the full blocks of text, as far as they were needed
 
     @property
@@ -42,6 +41,10 @@ class Sequence:
     def num_tokens(self) -> int:
         """Positions that the model has to see before it can go on."""
         return self.num_virtual_tokens + len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def context_key(self) -> str | None:
@@ -56,6 +59,11 @@ class Sequence:
     @property
     def reads_cached_text(self) -> bool:
         return self.shares_text
+
+    @property
+    def first_needed_position(self) -> int:
+        """It has to be computed, whatever is known of the text: its logits are wanted."""
+        return self.num_tokens - 1
 
     def inputs(self, start: int, end: int) -> Inputs:
         """What the model reads at positions [start, end): token ids, or embeddings."""
@@ -240,6 +248,15 @@ class ContinuationSequence(Sequence):
     @property
     def context_key(self) -> str | None:
         return self.score.key
+
+    @property
+    def reads_cached_text(self) -> bool:
+        """If its context was evicted, most of that may still be found."""
+        return True
+
+    @property
+    def first_needed_position(self) -> int:
+        return self.first_scored_position
 
     @property
     def first_scored_position(self) -> int:

@@ -11,7 +11,7 @@ from app.engine.sequence import Sequence
 class WaitingQueue:
     """Round robin over the lanes, first come first served within one, so a busy task delays only itself.
 
-    A sequence that had run already, or belongs to a request that has, goes before all lanes.
+    A sequence that had run already goes before all lanes; one that goes on with a request, first in its own lane.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,10 @@ class WaitingQueue:
     def add(self, sequence: Sequence) -> None:
         self._lanes.setdefault(_lane(sequence), deque()).append(sequence)
 
-    def add_first(self, sequence: Sequence) -> None:
+    def add_next(self, sequence: Sequence) -> None:
+        self._lanes.setdefault(_lane(sequence), deque()).appendleft(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
         self._resumed.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> bool:

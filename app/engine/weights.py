@@ -13,6 +13,9 @@ import torch
 
 # Exact classes: a subclass may compute something else.
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Beside the architecture's own modules. Exact as well: adapters and quantized weights are subclasses or others.
+_MODULES = (torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleList, torch.nn.SiLU)
 # Rotary frequencies that depend on the length of each text have no table.
 _TABLE_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -65,17 +68,26 @@ class DecoderWeights:
 
 
 def decoder_weights(model: Any, max_model_len: int) -> DecoderWeights | None:
-    """The weights of `model` for `max_model_len` positions; None if it is not of the family or has a variant of it."""
+    """The weights of `model` for `max_model_len` positions.
+
+    None if it is not of the family or anything in it is not as the architecture has it: adapters, quantized modules,
+    several dtypes or devices, sizes that the config does not say.
+    """
     config = model.config.get_text_config()
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if type(model).__name__ not in FAMILY or config.hidden_act != "silu" or rope_type not in _TABLE_ROPE_TYPES:
         return None
     if rope_type in ("yarn", "llama3", "linear") and max_model_len > config.max_position_embeddings:
         return None
+    if not _has_plain_modules(model) or not _has_plain_parameters(model):
+        return None
     body = model.model
     head_dim = body.layers[0].self_attn.head_dim
-    cos, sin = _rotary_tables(body.rotary_emb, max_model_len, head_dim, model.device)
-    return DecoderWeights(
+    tables = _rotary_tables(body.rotary_emb, max_model_len, head_dim, model.device)
+    if tables is None:
+        return None
+    cos, sin = tables
+    weights = DecoderWeights(
         embedding=body.embed_tokens.weight,
         layers=tuple(_layer(layer, config) for layer in body.layers),
         norm=body.norm.weight,
@@ -90,6 +102,57 @@ def decoder_weights(model: Any, max_model_len: int) -> DecoderWeights | None:
         intermediate_size=int(config.intermediate_size),
         attention_scale=float(body.layers[0].self_attn.scaling),
     )
+    if len(weights.layers) != config.num_hidden_layers or len(weights.embedding) != config.vocab_size:
+        return None
+    return weights if not wrong_shapes(weights, config.hidden_size) else None
+
+
+def wrong_shapes(weights: DecoderWeights, hidden_size: int) -> list[str]:
+    """Every tensor that has not the shape that the sizes of the model give it, with both shapes."""
+    w = weights
+    vocab_size, inner, dim = len(w.embedding), w.intermediate_size, w.head_dim
+    heads, kv_heads = w.num_heads * dim, w.num_kv_heads * dim
+    wrong: list[str] = []
+
+    def expect(name: str, tensor: torch.Tensor | None, *shape: int) -> None:
+        if tensor is not None and tensor.shape != shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, not {shape}")
+
+    expect("embedding", w.embedding, vocab_size, hidden_size)
+    expect("lm_head", w.lm_head, vocab_size, hidden_size)
+    expect("lm_head_bias", w.lm_head_bias, vocab_size)
+    expect("norm", w.norm, hidden_size)
+    expect("cos", w.cos, len(w.cos), dim // 2)
+    expect("sin", w.sin, len(w.cos), dim // 2)
+    for i, layer in enumerate(w.layers):
+        for names, outputs, inputs in (
+            (("q",), heads, hidden_size),
+            (("k", "v"), kv_heads, hidden_size),
+            (("o",), hidden_size, heads),
+            (("gate", "up"), inner, hidden_size),
+            (("down",), hidden_size, inner),
+        ):
+            for name in names:
+                expect(f"layer {i}: {name}", getattr(layer, name), outputs, inputs)
+                expect(f"layer {i}: {name}_bias", getattr(layer, f"{name}_bias"), outputs)
+        for name, size in (("input_norm", hidden_size), ("mlp_norm", hidden_size), ("q_norm", dim), ("k_norm", dim)):
+            expect(f"layer {i}: {name}", getattr(layer, name), size)
+    return wrong
+
+
+def _has_plain_modules(model: Any) -> bool:
+    if getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None) is not None:
+        return False
+    own = (type(model).__module__, "transformers.activations")
+    return own[0].startswith("transformers.models.") and all(
+        type(module) in _MODULES or type(module).__module__ in own for module in model.modules()
+    )
+
+
+def _has_plain_parameters(model: Any) -> bool:
+    kinds = {(parameter.dtype, parameter.device) for parameter in model.parameters()}
+    dtype, device = kinds.pop()
+    return not kinds and dtype in _DTYPES and device.type != "meta"
 
 
 def _layer(layer: Any, config: Any) -> LayerWeights:
@@ -124,9 +187,14 @@ def _layer(layer: Any, config: Any) -> LayerWeights:
 @torch.inference_mode()
 def _rotary_tables(
     rotary: Any, max_model_len: int, head_dim: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's own rotary module, asked once for every position. The two halves of a head share their angles."""
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The model's own rotary module, asked once for every position; None if it turns a part of each head only.
+
+    The two halves of a head share their angles.
+    """
     positions = torch.arange(max_model_len, device=device)[None]
     cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
+    if cos.shape[-1] != head_dim:
+        return None
     half = head_dim // 2
     return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()

@@ -24,6 +24,8 @@ class HttpOurs(Worker):
         self._server = OurServer.start(
             arguments.model,
             arguments.threads,
+            device="cpu",
+            dtype="float32",
             kv_cache_tokens=arguments.kv_cache_tokens,
             quantization=arguments.quantization,
         )
@@ -59,7 +61,7 @@ class HttpOurs(Worker):
             body |= {"model": task, "prompt": request.token_ids, "ignore_eos": True}
             body["stream_options"] = {"include_usage": True}
         else:
-            # Text only, which may come back from the tokenizer a token longer or shorter: nearly the same work.
+            # Text only, which may come back from the tokenizer a token longer or shorter; the answer is as long.
             path = "/v1/generate"
             body |= {"task": task, "input": self._tokenizer.decode(request.token_ids), "ignore_eos": True}
         return http_client.post(self._server.port, path, json.dumps(body).encode())

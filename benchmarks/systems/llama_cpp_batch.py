@@ -19,6 +19,7 @@ from benchmarks.systems.worker import Trace, Worker, serve
 from benchmarks.workload import Floats, Request, Spec, Workload
 
 UBATCH = 512
+MAX_CELLS = 65_536  # of all contexts together
 # Each sequence attends to its own cells only. One cache for all ("unified") attends to everybody's under a mask.
 UNIFIED = bool(int(os.environ.get("BENCH_LLAMA_UNIFIED", "0")))
 FLASH_ATTENTION = bool(int(os.environ.get("BENCH_LLAMA_FLASH", "1")))
@@ -28,11 +29,10 @@ class Context:
     """A llama_context with room for one shape of run; sequences 0.. are rows, those after them tasks."""
 
     def __init__(self, model: Any, spec: Spec, threads: int) -> None:
-        self.spec = spec
-        cells = -(-(spec.virtual + spec.text + spec.new) // 256) * 256  # llama.cpp pads to this
+        cells = -(-(spec.virtual + spec.text + spec.capacity) // 256) * 256  # llama.cpp pads to this
         params = ll.llama_context_default_params()
         params.n_seq_max = spec.rows + spec.tasks
-        params.n_ctx = cells * params.n_seq_max
+        params.n_ctx = self.cells = cells * params.n_seq_max
         params.n_batch = max(2048, spec.rows * spec.text)
         params.n_ubatch = UBATCH
         params.n_threads = params.n_threads_batch = threads
@@ -96,7 +96,7 @@ class LlamaCpp(Worker):
         self._model = ll.llama_model_load_from_file(bytes(arguments.model), ll.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"cannot load {arguments.model}")
-        self._context: Context | None = None
+        self._contexts: dict[tuple[Any, ...], Context] = {}  # the one used last is the last
 
     def ready(self) -> dict[str, Any]:
         size = ll.llama_model_size(self._model)
@@ -135,16 +135,16 @@ class LlamaCpp(Worker):
         return context.decode(entries)
 
     def _fitting(self, spec: Spec) -> Context:
-        """The context of the last run if it has the same shape: its soft prompts stay resident."""
-        shape = (spec.rows, spec.virtual, spec.text, spec.tasks)
-        old = self._context
-        if old is not None:
-            known = old.spec
-            if (known.rows, known.virtual, known.text, known.tasks) == shape and spec.new <= known.new:
-                return old
-            old.close()
-        self._context = Context(self._model, spec, self.arguments.threads)
-        return self._context
+        """The context of earlier runs of this shape, whose soft prompts stay resident; the oldest make room.
+
+        New soft prompts have one of their own, so that they do not push out the known ones.
+        """
+        shape = (spec.rows, spec.virtual, spec.text, spec.tasks, spec.capacity, spec.prompt_seed != 0)
+        context = self._contexts.pop(shape, None) or Context(self._model, spec, self.arguments.threads)
+        while self._contexts and context.cells + sum(each.cells for each in self._contexts.values()) > MAX_CELLS:
+            self._contexts.pop(next(iter(self._contexts))).close()
+        self._contexts[shape] = context
+        return context
 
 
 if __name__ == "__main__":

@@ -1,73 +1,119 @@
-"""This engine, in process: LocalEngine under asyncio, as the server uses it."""
+"""This engine, in process: LocalEngine under asyncio, started and asked as the server does it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import hashlib
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
 
 from app.base_model import load_base_model
-from app.config import default_cache_dir
+from app.config import Settings
 from app.engine import SamplingParams
-from app.engine.local import LocalEngine
+from app.local_engine import local_engine
 from app.soft_prompt import SoftPrompt
 from benchmarks.systems.worker import Trace, Worker, serve
 from benchmarks.workload import Spec, Workload
 
 
-def build_engine(model: Path, *, kv_cache_tokens: int | None, quantization: str | None) -> tuple[LocalEngine, int]:
-    """The engine with the server's defaults, and the bytes of weights that a decode step reads."""
-    base = load_base_model(str(model), cache_dir=default_cache_dir())
-    options: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
-    engine = LocalEngine(base.model, base.info, kv_cache_tokens=kv_cache_tokens, **options)
-    size = 4 if quantization is None else 1
-    # An engine that keeps some layers in another format knows better than this.
-    weight_bytes = getattr(engine, "weight_bytes", size * sum(p.numel() for p in base.model.parameters()))
-    return engine, weight_bytes
+def weight_bytes(model: Any, *, quantized: bool) -> int:
+    """Bytes of weights that a decode step of one row reads: all parameters, of an embedding that is not tied one row.
+
+    Quantized, matrices have a byte an entry; the embedding table itself stays in float32 and gives one row.
+    """
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    parameters = [p for p in model.parameters() if p is not embedding or tied]  # a tied one comes up once
+    matrices = sum(p.numel() for p in parameters if p.dim() > 1)
+    others = sum(p.numel() for p in parameters if p.dim() <= 1)
+    row = 0 if tied and not quantized else 4 * embedding.shape[1]
+    return (1 if quantized else 4) * matrices + 4 * others + row
 
 
 class Ours(Worker):
+    works = ("generate", "score", "prefills")
+
     def __init__(self, arguments: argparse.Namespace, workload: Workload) -> None:
         super().__init__(arguments, workload)
-        torch.set_num_threads(arguments.threads)
-        self._engine, self._weight_bytes = build_engine(
-            arguments.model, kv_cache_tokens=arguments.kv_cache_tokens, quantization=arguments.quantization
+        # What `app.main.serve` does, from the same settings.
+        settings = Settings.load(
+            model=str(arguments.model),
+            threads=arguments.threads,
+            kv_cache_tokens=arguments.kv_cache_tokens,
+            quantization=arguments.quantization,
         )
+        torch.set_num_threads(arguments.threads)
+        base = load_base_model(settings.model, cache_dir=settings.cache_dir, device="cpu", dtype="float32")
+        self._engine = local_engine(settings, base)
         self._engine.start()
+        self._weight_bytes = weight_bytes(base.model, quantized=arguments.quantization is not None)
         self._prompts: dict[tuple[int, int, int], SoftPrompt] = {}
 
     def ready(self) -> dict[str, Any]:
-        blocks = self._engine.stats().kv_blocks_total
-        return {"torch": torch.__version__, "weight_bytes": self._weight_bytes, "kv_blocks": blocks}
+        return {
+            "torch": torch.__version__,
+            "weight_bytes": self._weight_bytes,
+            "kv_blocks": self._engine.stats().kv_blocks_total,
+            "backend": self._engine.backend,
+        }
 
     def run(self, spec: Spec) -> dict[str, Any]:
-        return asyncio.run(self._run(spec))
+        before = self._engine.stats()
+        result = asyncio.run(self._run(spec) if spec.work == "generate" else self._classify(spec))
+        after = self._engine.stats()
+        for name in ("steps", "prefix_loads", "preemptions"):
+            result[name] = getattr(after, name) - getattr(before, name)
+        return result
 
     async def _run(self, spec: Spec) -> dict[str, Any]:
         requests = self.workload.requests(spec)
         prompts = [self._prompt(spec, request.task) for request in requests]
         params = SamplingParams(max_tokens=spec.new, temperature=0.0)  # no stop tokens: exactly `new` come out
         todo = iter(range(len(requests)))
-        before = self._engine.stats()
         trace = Trace(len(requests))
+
+        computed = [len(request.token_ids) for request in requests]
 
         async def stream() -> None:
             for i in todo:
                 trace.submit(i)
                 async for token in self._engine.generate(prompts[i], requests[i].token_ids, params):
+                    computed[i] -= token.num_cached_tokens  # the first one says it
                     if token.id is not None:
                         trace.token(i, token.id)
 
         await asyncio.gather(*(stream() for _ in range(spec.rows)))
-        result = trace.result()
-        after = self._engine.stats()
-        for name in ("steps", "prefix_loads", "preemptions"):
-            result[name] = getattr(after, name) - getattr(before, name)
-        return result
+        return trace.result() | {"computed": sum(computed)}
+
+    async def _classify(self, spec: Spec) -> dict[str, Any]:
+        """Every label of every input: scored at once, or by a generation of one token behind input and label."""
+        requests = self.workload.requests(spec)
+        prompts = [self._prompt(spec, request.task) for request in requests]
+        labels = self.workload.labels(spec)
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        result: dict[str, Any] = {"ttft": []}
+
+        async def prefill(prompt: SoftPrompt | None, token_ids: list[int], salt: str) -> int:
+            """Tokens of text that had to be computed."""
+            known = [
+                token.num_cached_tokens async for token in self._engine.generate(prompt, token_ids, params, salt=salt)
+            ]
+            return len(token_ids) - known[0]
+
+        began = time.perf_counter()
+        for prompt, request in zip(prompts, requests, strict=True):
+            start = time.perf_counter()
+            if spec.work == "score":
+                await self._engine.score(prompt, request.token_ids, labels)
+            else:
+                # A salt each, so that nothing of the text is shared.
+                each = (prefill(prompt, request.token_ids + label, str(i)) for i, label in enumerate(labels))
+                result["computed"] = result.get("computed", 0) + sum(await asyncio.gather(*each))
+            result["ttft"].append(time.perf_counter() - start)
+        return result | {"seconds": time.perf_counter() - began, "tokens": len(labels) * len(requests)}
 
     def _prompt(self, spec: Spec, task: int) -> SoftPrompt | None:
         if spec.virtual == 0:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import Spec, Workload
+from benchmarks.workload import Spec, Work, Workload
 
 SHOWN_TOKENS = 8  # of each answer, for the comparison between systems
 
@@ -56,12 +56,15 @@ class Trace:
             "seconds": time.perf_counter() - self.began,
             "tokens": sum(map(len, self.answers)),
             "ttft": self._ttft,
+            "token_counts": sorted({len(answer) for answer in self.answers}),
             "check": [answer[:SHOWN_TOKENS] for answer in self.answers[:64]],
         }
 
 
 class Worker(ABC):
     """One system, loaded."""
+
+    works: tuple[Work, ...] = ("generate",)
 
     def __init__(self, arguments: argparse.Namespace, workload: Workload) -> None:
         self.arguments = arguments
@@ -107,7 +110,10 @@ def serve(build: Callable[[argparse.Namespace, Workload], Worker]) -> None:
         replies.write(json.dumps({"ready": worker.ready()}) + "\n")
         for line in sys.stdin:
             try:
-                reply = worker.run(Spec.of(json.loads(line)))
+                spec = Spec.of(json.loads(line))
+                if spec.work not in worker.works:
+                    raise NotImplementedError(f"this system does not do {spec.work!r}")
+                reply = worker.run(spec)
             except Exception as error:
                 traceback.print_exc()
                 reply = {"error": f"{type(error).__name__}: {error}"}

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-SOURCES = ("kernel.c", "attention.h", "products.h", "vector.h", "decoder.h")  # the first includes the others
+# The first includes the others.
+SOURCES = ("kernel.c", "pool.h", "phases.h", "attention.h", "products.h", "vector.h", "decoder.h")
 FLAGS = (
     *("-std=c11", "-D_GNU_SOURCE", "-O3", "-mavx2", "-mfma", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
     # NOTE: the kernel promises the same bits for a row whatever surrounds it: which products are fused with a sum
     # must not depend on how a loop was unrolled.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+log = logging.getLogger(__name__)
+
 _FOLDER = Path(__file__).resolve().parent
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _COMPILERS = ("cc", "gcc", "clang")
@@ -43,7 +48,12 @@ def load_kernel(cache_dir: Path | None = None) -> ctypes.CDLL:
     """The kernel, prebuilt, from `cache_dir` or compiled now. Raises NativeUnavailable."""
     _require_cpu()
     prebuilt = _prebuilt_path()
-    path = prebuilt if _is_whole(prebuilt) else build(cache_dir)
+    if _is_whole(prebuilt):
+        try:
+            return ctypes.CDLL(str(prebuilt))
+        except OSError as error:  # made on another system, with another C library
+            log.info("the prebuilt kernel cannot be loaded: %s", error)
+    path = build(cache_dir)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -51,12 +61,22 @@ def load_kernel(cache_dir: Path | None = None) -> ctypes.CDLL:
 
 
 def build(cache_dir: Path | None = None) -> Path:
-    """Compile into `cache_dir` (default: softprompt/native in the user's cache) unless it is there already."""
+    """Compile into `cache_dir` (default: softprompt/native in the user's cache) unless it is there already.
+
+    What is there is loaded as code, so nobody else may be able to write it. Raises NativeUnavailable.
+    """
     folder = cache_dir or _default_cache_dir()
     compiler = find_compiler()
     path = folder / f"kernel-{_digest(_version(compiler))}.so"
-    if not _is_whole(path):
-        _compile(compiler, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _require_private(folder)
+        if path.exists():
+            _require_private(path)
+        if not _is_whole(path):
+            _compile(compiler, path)
+    except OSError as error:
+        raise NativeUnavailable(f"{folder} cannot be used: {error}") from error
     return path
 
 
@@ -75,9 +95,13 @@ def find_compiler() -> list[str]:
     raise NativeUnavailable(f"there is no C compiler ({', '.join(_COMPILERS)} or $CC)")
 
 
-def _require_cpu() -> None:
+def _require_platform() -> None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise NativeUnavailable(f"it needs Linux on x86-64, this is {sys.platform} on {platform.machine()}")
+
+
+def _require_cpu() -> None:
+    _require_platform()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError as error:
@@ -86,6 +110,12 @@ def _require_cpu() -> None:
     missing = [name for name in ("avx2", "fma") if name not in flags]
     if missing:
         raise NativeUnavailable(f"the CPU has no {' and no '.join(missing)}")
+
+
+def _require_private(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NativeUnavailable(f"others than this user can write {path}, and what is there would be run")
 
 
 def _digest(*parts: str) -> str:
@@ -115,6 +145,7 @@ def _compile(compiler: list[str], path: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
             if done.returncode:
                 raise NativeUnavailable(f"{compiler[0]} failed: {done.stderr.strip()[-500:]}")
+            output.chmod(0o755)  # whatever the umask: nobody else writes it
             with output.open("ab") as file:
                 file.write(hashlib.sha256(output.read_bytes()).digest())
                 file.flush()
@@ -138,11 +169,19 @@ def _prebuilt_path() -> Path:
 
 
 def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt" / "native"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt" / "native"
+    except RuntimeError as error:
+        raise NativeUnavailable(f"there is no folder for it: {error}") from error
 
 
 def main() -> None:
-    """Build beside the source."""
+    """Build beside the source, for any CPU of this platform; on a platform that cannot have it, only say so."""
+    try:
+        _require_platform()
+    except NativeUnavailable as error:
+        sys.stdout.write(f"{error}\n")
+        return
     _compile(find_compiler(), _prebuilt_path())
 
 

@@ -94,7 +94,8 @@ struct Decoder {
     QueryBlock *blocks, *last_blocks; /* last_blocks: of the last layer, only rows that want logits */
     int32_t *row_span, *row_position, *logit_row;
 
-    /* Activations, [rows][width padded to 16 floats]; the padding of inputs to products stays zero. */
+    /* Activations, [rows][width padded to 16 floats]. The padding of x stays zero: what a row leaves there, a NaN
+     * among it, would be the next one's. Other padding is either never written or written anew for every row. */
     float *x, *normed, *qkv, *attended, *gated;
     int16_t *quantized;
     float *row_scale;

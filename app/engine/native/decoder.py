@@ -6,6 +6,7 @@ A row's logits are the same bits whatever else is in the batch and however its p
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from app.engine.forward import Span
 from app.engine.kv_cache import KVCache
 from app.engine.native.build import NativeUnavailable, load_kernel
 from app.engine.native.panels import Packer, Panels, gated_outputs, packed_bytes, pad_vector
-from app.engine.weights import DecoderWeights, LayerWeights
+from app.engine.weights import DecoderWeights, LayerWeights, wrong_shapes
 
 
 class _Matrix(ctypes.Structure):
@@ -52,7 +53,11 @@ class _Model(ctypes.Structure):
 
 
 class NativeDecoder:
-    """Implements `Forward`. One thread at a time may call it; it has `num_threads - 1` of its own, asleep between."""
+    """Implements `Forward`. It has `num_threads - 1` threads of its own, asleep between calls; torch's do not matter.
+
+    `close()` waits for a call that is running in another thread; at the end of the process nothing is torn down, for
+    such a call would lose its memory.
+    """
 
     def __init__(
         self,
@@ -80,7 +85,9 @@ class NativeDecoder:
         if not handle:
             raise NativeUnavailable("there is no memory or no thread for it")
         self._handle = ctypes.c_void_p(handle)
-        self.close = weakref.finalize(self, _destroy, self._kernel, self._handle, self._kept)
+        self._lock = threading.Lock()  # one call at a time, and none while or after the decoder is destroyed
+        self.close = weakref.finalize(self, _destroy, self._kernel, self._handle, self._kept, self._lock)
+        self.close.atexit = False
 
     @property
     def describe(self) -> str:
@@ -90,9 +97,9 @@ class NativeDecoder:
         )
 
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
-        """See `Forward`. Raises ValueError, before anything is written, for what no row may name."""
-        if not self.close.alive:
-            raise RuntimeError("the decoder is closed")
+        """See `Forward`. Raises ValueError, before anything is written, for what no row may name; RuntimeError when
+        the decoder is closed.
+        """
         tables, token_ids, records = array("i"), array("i"), array("q")
         kept, num_logits = [], 0
         for span in spans:
@@ -112,14 +119,17 @@ class NativeDecoder:
             num_logits += span.num_logits
             records.extend((span.start, span.end, span.num_logits, table, len(span.block_table), first_id, embeddings))
         logits = torch.empty(max(num_logits, 0), self._vocab_size)
-        error = self._kernel.softprompt_step(
-            self._handle,
-            records.buffer_info()[0],
-            len(spans),
-            tables.buffer_info()[0],
-            token_ids.buffer_info()[0],
-            logits.data_ptr(),
-        )
+        with self._lock:
+            if not self.close.alive:
+                raise RuntimeError("the decoder is closed")
+            error = self._kernel.softprompt_step(
+                self._handle,
+                records.buffer_info()[0],
+                len(spans),
+                tables.buffer_info()[0],
+                token_ids.buffer_info()[0],
+                logits.data_ptr(),
+            )
         if error:
             _raise(error)
         return logits
@@ -195,7 +205,8 @@ def _matrix_shapes(weights: DecoderWeights) -> Iterator[tuple[int, int]]:
 
 
 def _require_supported(weights: DecoderWeights, cache: KVCache) -> None:
-    tensors = [weights.embedding, weights.lm_head, weights.cos, weights.sin, cache.data]
+    """The kernel trusts all sizes. Raises ValueError."""
+    tensors = [value for value in vars(weights).values() if isinstance(value, torch.Tensor)] + [cache.data]
     for layer in weights.layers:
         tensors += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
@@ -206,6 +217,18 @@ def _require_supported(weights: DecoderWeights, cache: KVCache) -> None:
         raise ValueError(f"the native decoder needs heads of a multiple of 8 numbers, not {weights.head_dim}")
     if weights.num_heads % weights.num_kv_heads:
         raise ValueError("the native decoder needs a whole number of query heads per key/value head")
+    if not weights.layers or any(layer.window < 0 for layer in weights.layers):
+        raise ValueError("the native decoder needs layers, and windows of 0 positions or more")
+    if weights.embedding.dim() != 2:
+        raise ValueError(f"the embedding has the shape {tuple(weights.embedding.shape)}")
+    if wrong := wrong_shapes(weights, weights.embedding.shape[1]):
+        raise ValueError(f"sizes that do not fit each other: {'; '.join(wrong)}")
+    num_slots = cache.data.shape[2] if cache.data.dim() == 5 else 0
+    shape = (len(weights.layers), 2, num_slots, weights.num_kv_heads, weights.head_dim)
+    if cache.data.shape != shape or not 0 < cache.block_size <= num_slots or num_slots % cache.block_size:
+        raise ValueError(
+            f"a KV cache of the shape {tuple(cache.data.shape)} in blocks of {cache.block_size} does not fit the model"
+        )
 
 
 def _declare(kernel: ctypes.CDLL) -> ctypes.CDLL:
@@ -222,10 +245,11 @@ def _declare(kernel: ctypes.CDLL) -> ctypes.CDLL:
     return kernel
 
 
-def _destroy(kernel: ctypes.CDLL, handle: ctypes.c_void_p, kept: list[Any]) -> None:
+def _destroy(kernel: ctypes.CDLL, handle: ctypes.c_void_p, kept: list[Any], lock: threading.Lock) -> None:
     """`kept` lives until the last thread is gone."""
-    kernel.softprompt_destroy(handle)
-    kept.clear()
+    with lock:
+        kernel.softprompt_destroy(handle)
+        kept.clear()
 
 
 def _raise(error: int) -> None:

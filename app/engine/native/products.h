@@ -62,25 +62,40 @@ INLINE __m256i add_in_place(__m256i sum, __m256i term) {
     return sum;
 }
 
-/* Sums of int16 x int8 products in int32: exact, see `activation_limit`. */
+/* Inputs, in pairs, whose products are summed in int32: 4096, for which activations keep 13 bits. */
+enum { EXACT_PAIRS = 2048 };
+
+/* Sums of int16 x int8 products in int32, exact (see `activation_limit`); longer ones go on in float, upwards. */
 INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m,
                        size_t panel, const Target *t, float *out, size_t ahead) {
     size_t pairs = ((size_t)m->k + 1) / 2;
     const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
     __m256i acc[MAX_ROWS][2];
+    __m256 sum[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-    for (size_t k = 0; k < pairs; k++, w += 2 * PANEL) {
-        __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
-        __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 16)));
-        _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, a + r * lda + 2 * k, sizeof pair);
-            __m256i x = _mm256_set1_epi32(pair);
-            acc[r][0] = add_in_place(acc[r][0], _mm256_madd_epi16(x, w0));
-            acc[r][1] = add_in_place(acc[r][1], _mm256_madd_epi16(x, w1));
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    for (size_t k = 0, end; k < pairs;) {
+        if (k)
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++) {
+                sum[r][0] = _mm256_add_ps(sum[r][0], _mm256_cvtepi32_ps(acc[r][0]));
+                sum[r][1] = _mm256_add_ps(sum[r][1], _mm256_cvtepi32_ps(acc[r][1]));
+                acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+            }
+        for (end = k + EXACT_PAIRS < pairs ? k + EXACT_PAIRS : pairs; k < end; k++, w += 2 * PANEL) {
+            __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+            __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 16)));
+            _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
+#pragma GCC unroll 6
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, a + r * lda + 2 * k, sizeof pair);
+                __m256i x = _mm256_set1_epi32(pair);
+                acc[r][0] = add_in_place(acc[r][0], _mm256_madd_epi16(x, w0));
+                acc[r][1] = add_in_place(acc[r][1], _mm256_madd_epi16(x, w1));
+            }
         }
     }
     const float *bias = m->bias + panel * PANEL, *scale = m->scale + panel * PANEL;
@@ -89,8 +104,10 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
         __m256 s = _mm256_set1_ps(a_scale[r]);
-        __m256 y0 = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[r][0]), s), s0);
-        __m256 y1 = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc[r][1]), s), s1);
+        __m256 y0 = _mm256_add_ps(sum[r][0], _mm256_cvtepi32_ps(acc[r][0]));
+        __m256 y1 = _mm256_add_ps(sum[r][1], _mm256_cvtepi32_ps(acc[r][1]));
+        y0 = _mm256_mul_ps(_mm256_mul_ps(y0, s), s0);
+        y1 = _mm256_mul_ps(_mm256_mul_ps(y1, s), s1);
         finish(t, out + r * t->stride, panel, _mm256_add_ps(y0, b0), _mm256_add_ps(y1, b1));
     }
 }
@@ -130,9 +147,10 @@ static void product(const Decoder *d, const Matrix *m, const float *in, int num_
         }
 }
 
-/* The largest |q| of a quantised activation such that k products with weights of at most 127 fit an int32. */
+/* The largest |q| of a quantised activation such that what is summed in int32, k products with weights of at most 127
+ * or those of EXACT_PAIRS, fits: 4127 at least, 13 bits with the sign. */
 INLINE float activation_limit(int k) {
-    int limit = INT32_MAX / (127 * (k + 1));
+    int limit = INT32_MAX / (127 * (min_int(k, 2 * EXACT_PAIRS) + 1));
     return (float)min_int(limit, INT16_MAX);
 }
 
