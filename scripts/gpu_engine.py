@@ -47,12 +47,13 @@ def engine_parity(machine: Machine, report: Report, configs: dict[str, Any]) -> 
 
 def check_engine(machine: Machine, report: Report, label: str, model: Any) -> None:
     rows = make_rows(model)
-    block_size = preferred_block_size(machine.device, model.dtype, BLOCK_SIZE)
+    info = info_of(model, 512)
+    block_size = preferred_block_size(machine.device, model.dtype, BLOCK_SIZE, head_dim=info.head_dim, fused=True)
     of_prompt = -(-VIRTUAL // block_size)
     of_row = -(-(VIRTUAL + max(TEXTS) + NEW) // block_size) + 1
     tokens = block_size * (PROMPTS * of_prompt // 2 + 2 * of_row)  # half the prompts, and two rows at a time
     with as_on_a_gpu(machine):
-        engine = LocalEngine(model, info_of(model, 512), max_num_seqs=8, kv_cache_tokens=tokens)
+        engine = LocalEngine(model, info, max_num_seqs=8, kv_cache_tokens=tokens)
     engine.start()
     try:
         rounds = [asyncio.run(answers(engine, rows)) for _ in range(ROUNDS)]

@@ -220,7 +220,7 @@ class FlashInferAttention:
 
 
 def preferred_block_size(
-    device: torch.device, dtype: torch.dtype, default: int, head_dim: int = 128, fused: bool = True
+    device: torch.device, dtype: torch.dtype, default: int, *, head_dim: int, fused: bool
 ) -> int:
     """The block size to give the cache so that `auto` finds a kernel for it.
 

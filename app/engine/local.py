@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from app.engine.core import EngineCore, is_fatal
 from app.engine.generation import LocalGeneration, Outbox, post
 from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache, default_num_tokens
+from app.engine.limits import Limits
 from app.engine.model_runner import ModelRunner, self_check, self_check_blocks
 from app.engine.native.decoder import NativeDecoder
 from app.engine.restarts import RESTART_DELAY, Restarts
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.engine.weights import decoder_weights
-from app.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
+from app.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class LocalEngine:
         self._max_in_flight = max_num_seqs + max_waiting
         fused = decoder_weights(model, info.max_model_len) is not None
         self._block_size = block_size = preferred_block_size(
-            model.device, model.dtype, BLOCK_SIZE, info.head_dim, fused
+            model.device, model.dtype, BLOCK_SIZE, head_dim=info.head_dim, fused=fused
         )
         if kv_cache_tokens is None:
             kv_cache_tokens = default_num_tokens(info, model.dtype, model.device, block_size)
@@ -98,6 +99,7 @@ class LocalEngine:
         self._forward = build_forward(model, info, self._cache, quantization, cache_dir)
         self._tolerance = INT8_TOLERANCE if quantization else TOLERANCE
         self._core = self._new_core()
+        self._limits = Limits(info, self._blocks)
         self._outbox = Outbox()
         self._restarts = Restarts(restart_delay)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -111,8 +113,8 @@ class LocalEngine:
 
     @property
     def max_model_len(self) -> int:
-        """What fits both the model and the KV cache, whatever the soft prompt (a copied block is set aside)."""
-        return min(self._info.max_model_len, (self._blocks.num_usable_blocks - 1) * self._block_size)
+        """See `Engine.max_model_len`."""
+        return self._limits.max_model_len
 
     @property
     def backend(self) -> str:
@@ -163,8 +165,8 @@ class LocalEngine:
         on_release: Callable[[], None] | None = None,
     ) -> LocalGeneration:
         """See `Engine.generate`. Needs a running event loop."""
-        self._check(prompt, token_ids, params.max_tokens)
-        self._check_ids(params.logit_bias, param="logit_bias")
+        self._limits.check(prompt, token_ids, params.max_tokens)
+        self._limits.check_ids(params.logit_bias, param="logit_bias")
         generation = LocalGeneration(self._outbox)
         sequence = GenerationSequence(
             list(token_ids), prompt, salt, params=params, constraint=constraint, emit=generation.emit
@@ -186,8 +188,8 @@ class LocalEngine:
         if not continuations or not all(continuations):
             raise InvalidRequest("every continuation must have at least one token", param="continuations")
         for tokens in continuations:
-            self._check_ids(tokens)
-        self._check(prompt, token_ids, max(map(len, continuations)))
+            self._limits.check_ids(tokens)
+        self._limits.check(prompt, token_ids, max(map(len, continuations)))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[list[float]]] = loop.create_future()
         score = Score(
@@ -237,27 +239,6 @@ class LocalEngine:
         )
 
     # -- at the door -----------------------------------------------------------------------------------------------
-
-    def _check(self, prompt: SoftPrompt | None, token_ids: Sequence[int], max_tokens: int) -> None:
-        if not token_ids:
-            raise InvalidRequest("the input has no tokens", param="input")
-        self._check_ids(token_ids)
-        virtual = prompt.num_virtual_tokens if prompt else 0
-        total = virtual + len(token_ids) + max_tokens
-        if total > self._info.max_model_len or not self._blocks.fits_alone(virtual, total):
-            # A partial last block of the soft prompt is copied.
-            room = (self._blocks.num_usable_blocks - bool(virtual % self._block_size)) * self._block_size
-            limit, owner = min((self._info.max_model_len, "the model"), (room, "the KV cache"))
-            raise ContextLengthExceeded(
-                f"{virtual} virtual tokens + {len(token_ids)} text tokens + up to {max_tokens} new ones make {total}; "
-                f"the limit is {limit}, set by {owner}",
-                param="input",
-            )
-
-    def _check_ids(self, token_ids: Iterable[int], param: str = "input") -> None:
-        bad = next((i for i in token_ids if not 0 <= i < self._info.vocab_size), None)
-        if bad is not None:
-            raise InvalidRequest(f"token id {bad} is not in the vocabulary of {self._info.vocab_size}", param=param)
 
     def _submit(self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None) -> None:
         def release() -> None:
