@@ -32,16 +32,36 @@ INLINE void finish(const Target *t, float *row, size_t panel, __m256 a, __m256 b
     }
 }
 
-/* Rows from `a` times one panel. Memory is asked for weights `ahead` bytes before they are needed. */
+/* Weights that memory is asked for while others are used: from `next` on, `advance` bytes in a turn of the loop. */
+typedef struct {
+    const char *next;
+    size_t advance;
+} Ahead;
+
+INLINE void ask(Ahead *ahead) {
+    _mm_prefetch(ahead->next, _MM_HINT_T0);
+    ahead->next += ahead->advance;
+}
+
+/* One pass over a panel, `step` bytes in a turn, asks for what comes `near` behind it. Several passes ask for a share
+ * of the next panel each, so that memory is as busy while the panel is used again as it was in the first pass. */
+INLINE Ahead ahead_of(const Matrix *m, size_t panel, size_t panel_bytes, size_t step, size_t near, int pass,
+                      int passes) {
+    const char *here = (const char *)m->panels + panel * panel_bytes;
+    if (passes == 1) return (Ahead){here + near, step};
+    return (Ahead){here + panel_bytes + panel_bytes / passes * pass, step / passes};
+}
+
+/* Rows from `a` times one panel. */
 INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t,
-                        float *out, size_t ahead) {
+                        float *out, Ahead ahead) {
     const float *w = (const float *)m->panels + panel * PANEL * (size_t)m->k;
     __m256 acc[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
     for (size_t k = 0, end = (size_t)m->k; k < end; k++, w += PANEL) {
         __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8);
-        _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
+        ask(&ahead);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m256 x = _mm256_broadcast_ss(a + r * lda + k);
@@ -67,7 +87,7 @@ enum { EXACT_PAIRS = 2048 };
 
 /* Sums of int16 x int8 products in int32, exact (see `activation_limit`); longer ones go on in float, upwards. */
 INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m,
-                       size_t panel, const Target *t, float *out, size_t ahead) {
+                       size_t panel, const Target *t, float *out, Ahead ahead) {
     size_t pairs = ((size_t)m->k + 1) / 2;
     const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
     __m256i acc[MAX_ROWS][2];
@@ -87,7 +107,7 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
         for (end = k + EXACT_PAIRS < pairs ? k + EXACT_PAIRS : pairs; k < end; k++, w += 2 * PANEL) {
             __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
             __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + 16)));
-            _mm_prefetch((const char *)w + ahead, _MM_HINT_T0);
+            ask(&ahead);
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
                 int32_t pair;
@@ -135,12 +155,14 @@ static void product(const Decoder *d, const Matrix *m, const float *in, int num_
             size_t lda = pad16(m->k);
             if (d->model.quantized) {
                 const int16_t *a = d->quantized + first * lda;
-#define CALL(count) product_i8(count, a, lda, d->row_scale + first, m, panel, &t, out, 1024)
+                const Ahead ahead = ahead_of(m, panel, (size_t)(m->k + 1) / 2 * 2 * PANEL, 2 * PANEL, 1024, b, blocks);
+#define CALL(count) product_i8(count, a, lda, d->row_scale + first, m, panel, &t, out, ahead)
                 ROW_COUNTS(CALL)
 #undef CALL
             } else {
                 const float *a = in + first * lda;
-#define CALL(count) product_f32(count, a, lda, m, panel, &t, out, 2048)
+                const Ahead ahead = ahead_of(m, panel, m->k * PANEL * sizeof(float), PANEL * sizeof(float), 2048, b, blocks);
+#define CALL(count) product_f32(count, a, lda, m, panel, &t, out, ahead)
                 ROW_COUNTS(CALL)
 #undef CALL
             }
