@@ -219,9 +219,7 @@ class FlashInferAttention:
         return out
 
 
-def preferred_block_size(
-    device: torch.device, dtype: torch.dtype, default: int, *, head_dim: int, fused: bool
-) -> int:
+def preferred_block_size(device: torch.device, dtype: torch.dtype, default: int, *, head_dim: int, fused: bool) -> int:
     """The block size to give the cache so that `auto` finds a kernel for it.
 
     `fused`: whether a fused decoder runs the model, for nothing else uses the kernels. Only FlashAttention-2, which

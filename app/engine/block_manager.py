@@ -63,26 +63,32 @@ class BlockManager:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks, or None; evicts idle prefixes for them, least recently used first."""
-        if count > len(self._free) and count > len(self._free) + self._num_evictable():
+        victims = self._victims(count - len(self._free))
+        if victims is None:
             return None
-        if count > len(self._free):
-            for prefix in [prefix for prefix in self._prefixes.values() if prefix.users == 0]:
-                self.drop(prefix)
-                self.num_evictions += 1
-                if count <= len(self._free):
-                    break
+        for prefix in victims:
+            self.drop(prefix)
+            self.num_evictions += 1
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
             self._forget(block)
         return blocks
 
-    def _num_evictable(self) -> int:
-        """Blocks that dropping every idle prefix would free."""
-        idle = [prefix for prefix in self._prefixes.values() if prefix.users == 0]
-        # A block may belong to several: a scoring request's context shares those of its soft prompt.
-        held = Counter(block for prefix in idle for block in prefix.block_table)
-        return sum(self._references[block] == count for block, count in held.items())
+    def _victims(self, missing: int) -> list[Prefix] | None:
+        """Idle prefixes, least recently used first, whose dropping frees `missing` blocks; None if all would not do."""
+        victims: list[Prefix] = []
+        held: Counter[int] = Counter()
+        for prefix in self._prefixes.values():
+            if missing <= 0:
+                break
+            if prefix.users == 0:
+                victims.append(prefix)
+                for block in prefix.block_table:
+                    # A block may belong to several: a scoring request's context shares those of its soft prompt.
+                    held[block] += 1
+                    missing -= self._references[block] == held[block]
+        return victims if missing <= 0 else None
 
     def release(self, blocks: list[int]) -> None:
         """Give up one reference to each block and empty the list."""
