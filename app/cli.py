@@ -1,4 +1,4 @@
-"""The command line: serve, model, train, eval."""
+"""The command line: serve, model, train, eval, import, export."""
 
 from __future__ import annotations
 
@@ -155,6 +155,36 @@ def train(
     )
     work = out_dir or settings.cache_dir / "training" / task
     train_and_publish(job, settings, _load_base(settings), work, alias=alias or None, baselines=baselines, console=err)
+
+
+@app.command("import")
+def import_folder(
+    task: Task,
+    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts")],
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+) -> None:
+    """Publish a PEFT folder in the registry folder, no server needed."""
+    settings = Settings.load()
+    from app.cli_registry import import_folder as run
+
+    published = run(task, folder, settings, _load_base(settings), alias=alias or None)
+    for warning in published.warnings:
+        err.print("[yellow]warning[/yellow]:", warning, markup=True, highlight=False)
+    verb = "published" if published.created else "was published before as"
+    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty")],
+) -> None:
+    """Write a version as the PEFT folder that it came from, no server needed."""
+    settings = Settings.load()
+    from app.cli_registry import export_version
+
+    for path in export_version(reference, folder, settings, _load_base(settings)):
+        out.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     host_cache_bytes: int = Field(
         2**30, ge=0, description="Host memory for computed keys and values of soft prompts that left the cache"
     )
+    deleted_retention: float = Field(
+        7 * 86_400.0, ge=0, le=1e9, description="Seconds for which a deleted version can be restored"
+    )
     max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused with 503")
     max_body_bytes: Positive = Field(2**20, description="Largest JSON body")
     max_upload_bytes: Positive = Field(64 * 2**20, le=64 * 2**20, description="Largest adapter_model.safetensors")

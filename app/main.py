@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypedDict
 
@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from app import __version__
-from app.api import classify, errors, generate, models, ops
+from app.api import aliases, classify, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
 from app.api.deps import Readiness, State
 from app.api.request_id import RequestIdMiddleware
@@ -32,7 +32,8 @@ from app.registry import Registry, Store
 
 log = logging.getLogger(__name__)
 
-REFRESH_INTERVAL = 2.0  # seconds until a version that another process published is seen
+REFRESH_INTERVAL = 1.0  # seconds until a version that another process published is seen
+COLLECT_INTERVAL = 600.0  # seconds
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _DESCRIPTION = """One frozen base model, many soft prompts. A request names a task by a reference: `task`,
@@ -58,14 +59,21 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
     constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
     state = State(settings, engine, registry, base, readiness, constraints, started_at=int(time.time()))
 
+    def collect() -> None:
+        registry.collect(retention=settings.deleted_retention)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
-        refreshing = asyncio.create_task(_refresh(registry))
+        chores = [
+            asyncio.create_task(_repeat(REFRESH_INTERVAL, registry.refresh, "refreshed")),
+            asyncio.create_task(_repeat(COLLECT_INTERVAL, collect, "collected")),
+        ]
         try:
             yield {"server": state}
         finally:
-            refreshing.cancel()
-            await asyncio.gather(refreshing, return_exceptions=True)
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
             await anyio.to_thread.run_sync(engine.stop)
 
     app = FastAPIOffline(
@@ -83,7 +91,7 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
     app.state.readiness = readiness
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, classify, models, registry_routes, ops):
+    for module in (generate, classify, models, registry_routes, aliases, inspection, ops):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     return app
 
@@ -124,13 +132,13 @@ def serve(settings: Settings) -> None:
         raise EngineFailed("the engine died again and again; the log has the errors")
 
 
-async def _refresh(registry: Registry) -> None:
+async def _repeat(interval: float, chore: Callable[[], object], done: str) -> None:
     while True:
-        await asyncio.sleep(REFRESH_INTERVAL)
+        await asyncio.sleep(interval)
         try:
-            await anyio.to_thread.run_sync(registry.refresh)
+            await anyio.to_thread.run_sync(chore)
         except Exception:
-            log.exception("the registry could not be refreshed; what is in memory is served on")
+            log.exception("the registry could not be %s; what is in memory is served on", done)
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -221,7 +221,17 @@ def test_a_race_between_check_and_write_loses(
         ("a", "prod", {"version": True}, 400),
         ("a", "prod", {"version": 0}, 400),
         ("a", "prod", {}, 400),
-        ("a", "prod", {"weights": {"1": 1.0}}, 400),
+        ("a", "prod", {"version": 1, "weights": {"1": 1.0}}, 400),
+        ("a", "prod", {"weights": {}}, 400),
+        ("a", "prod", {"weights": {"1": 0}}, 400),
+        ("a", "prod", {"weights": {"1": -1, "2": 2}}, 400),
+        ("a", "prod", {"weights": {"1": 1e308, "2": 1e308, "3": 1e-308}}, 400),
+        ("a", "prod", {"weights": {"1": 1e300, "2": 1e-300}}, 400),
+        ("a", "prod", {"weights": {"01": 1, "1": 1}}, 400),
+        ("a", "prod", {"weights": {"x": 1}}, 400),
+        ("a", "prod", {"weights": {"1": True}}, 400),
+        ("a", "prod", {"weights": {str(n): 1 for n in range(1, 18)}}, 400),
+        ("a", "prod", {"weights": {"1": 0.5, "9": 0.5}}, 404),
     ],
 )
 def test_bad_aliases(

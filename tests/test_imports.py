@@ -17,10 +17,10 @@ LAYERS = [
     {"text", "soft_prompt", "safetensors_header"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
-    {"registry", "answer", "constraint", "local_engine"},
+    {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train"},
     {"api"},
-    {"main", "cli_train"},
+    {"main", "cli_train", "cli_registry"},
     {"cli"},
 ]
 WEB = {

@@ -22,7 +22,7 @@ from app.errors import (
     ReferenceNotFound,
 )
 from app.manifest import Defaults, ManifestInput
-from app.registry import Alias, Registry, Store
+from app.registry import Alias, Registry, Store, Target
 from app.registry import registry as registry_module
 from app.soft_prompt import BaseInfo, SoftPrompt
 from tests.checkpoints import BASE, TENSORS_FILE, checkpoint, log_entries
@@ -56,7 +56,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_version_is_published_resolved_and_pinned(registry: Registry, root: Path) -> None:
     published = registry.publish("mood", checkpoint(1, template="{input} ->", tags={"a": "é"}), actor="ann")
     version = published.version
-    assert published.created and published.alias == Alias("latest", 1, etag=1)
+    assert published.created and published.alias == Alias("latest", Target.of(1), 1)
     assert (version.reference, version.manifest.num_virtual_tokens) == ("mood:1", 4)
     for reference in ("mood", "mood:1", "mood@latest", f"mood@{version.digest}"):
         assert registry.resolve(reference) == version
@@ -86,9 +86,9 @@ def test_a_restart_changes_nothing_and_reads_no_tensor(registry: Registry, root:
     assert again.tasks() == registry.tasks()
     assert [task.name for task in again.tasks()] == ["a", "b"]
     assert again.task("b").aliases == {
-        "latest": Alias("latest", 1, 1),
-        "prod": Alias("prod", 2, 4),
-        "canary.1": Alias("canary.1", 2, 5),
+        "latest": Alias("latest", Target.of(1), 1),
+        "prod": Alias("prod", Target.of(2), 4),
+        "canary.1": Alias("canary.1", Target.of(2), 5),
     }
     assert reads == []
     assert torch.equal(again.pin("b@prod").prompt.tensor, torch.full((4, 8), 2.0))
@@ -100,9 +100,9 @@ def test_same_content_is_one_version_per_task(registry: Registry, root: Path) ->
     registry.publish("t", checkpoint(2))
     again = registry.publish("t", checkpoint(1), alias="prod")
     assert (again.created, again.version) == (False, first.version)
-    assert again.alias == Alias("prod", 1, etag=3)
+    assert again.alias == Alias("prod", Target.of(1), 3)
     back = registry.publish("t", checkpoint(1))
-    assert back.alias == Alias("latest", 1, etag=4)
+    assert back.alias == Alias("latest", Target.of(1), 4)
     assert registry.publish("t", checkpoint(1)) == replace(back)  # nothing to do, so nothing is logged
     assert registry.publish("t", checkpoint(1), alias=None).alias is None
     assert [entry["op"] for entry in log_entries(root, "t")] == ["publish", "publish", "alias", "alias"]
@@ -114,7 +114,7 @@ def test_same_content_is_one_version_per_task(registry: Registry, root: Path) ->
 def test_alias_preconditions(registry: Registry) -> None:
     registry.publish("t", checkpoint(1))
     registry.publish("t", checkpoint(2))
-    assert registry.move_alias("t", "latest", 1, expected=2) == Alias("latest", 1, etag=3)
+    assert registry.move_alias("t", "latest", 1, expected=2) == Alias("latest", Target.of(1), 3)
     for alias, version, expected in (("latest", 2, 2), ("latest", 2, None), ("prod", 1, 3)):
         with pytest.raises(PreconditionFailed):
             registry.move_alias("t", alias, version, expected=expected)
@@ -124,7 +124,7 @@ def test_alias_preconditions(registry: Registry) -> None:
         registry.move_alias("nowhere", "latest", 1, expected=None)
     with pytest.raises(InvalidRequest):
         registry.move_alias("t", "7", 1, expected=None)
-    assert registry.task("t").aliases == {"latest": Alias("latest", 1, 3)}
+    assert registry.task("t").aliases == {"latest": Alias("latest", Target.of(1), 3)}
 
 
 def test_deleting(registry: Registry, root: Path) -> None:
@@ -141,7 +141,7 @@ def test_deleting(registry: Registry, root: Path) -> None:
     with pytest.raises(ReferenceNotFound):
         registry.read_file("t", 1, TENSORS_FILE)
     assert torch.equal(pin.prompt.tensor, torch.ones(4, 8)) and registry.pins(pin.version) == 1
-    assert sorted(os.listdir(root / "t/versions")) == ["2", "3"]
+    assert sorted(os.listdir(root / "t/versions")) == ["1", "2", "3"]  # until it is collected
     with pytest.raises(PreconditionFailed, match="the task has the alias prod"):
         registry.delete_task("t")
     # The same content again is a new version: numbers are never used twice.
@@ -153,12 +153,12 @@ def test_a_deleted_task_is_gone_and_its_numbers_too(registry: Registry, root: Pa
     registry.publish("t", checkpoint(1))
     registry.publish("t", checkpoint(2))
     registry.delete_task("t")
-    assert registry.tasks() == [] and os.listdir(root / "t/versions") == []
+    assert registry.tasks() == []
     for call in (registry.task, registry.pin, registry.delete_task):
         with pytest.raises(ReferenceNotFound):
             call("t")
     again = Registry(Store(root), BASE).publish("t", checkpoint(1))
-    assert (again.version.number, again.alias) == (3, Alias("latest", 3, etag=4))
+    assert (again.version.number, again.alias) == (3, Alias("latest", Target.of(3), 4))
 
 
 def test_unknown_names_all_look_the_same_and_leave_no_trace(registry: Registry, root: Path) -> None:
@@ -211,6 +211,7 @@ def test_a_stale_reader_of_a_deleted_version_resolves_again(registry: Registry, 
     stale = Registry(Store(root), BASE)
     registry.publish("t", checkpoint(2))
     registry.delete_version("t", 1)
+    assert registry.collect(retention=0) == ["t:1"]
     assert stale.resolve("t").number == 1
     pin = stale.pin("t")
     assert pin.version.number == 2 and torch.all(pin.prompt.tensor == 2)

@@ -46,7 +46,7 @@ async def classify(
     An ensemble's probabilities are the mean of its members' (Lester et al. 2021, section 6).
     """
     inputs = as_list(body.input)
-    async with leased(state, body.task) as leases:
+    async with leased(state, body.task, user=body.user) as leases:
         labels = _labels(body, [lease.version for lease in leases], len(inputs))
         work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
         scores = together(

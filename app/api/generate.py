@@ -70,7 +70,7 @@ async def generate(
     check_request(body, state.base.info.vocab_size)
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
-    async with leased(state, body.task) as leases:
+    async with leased(state, body.task, user=body.user) as leases:
         run = await _Run.start(state, leases, body)
     headers = prompt_headers(leases)
     if body.stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio.to_thread
 
@@ -80,11 +81,12 @@ class Lease:
 
 
 @asynccontextmanager
-async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[list[Lease]]:
+async def leased(state: State, task: str | list[str] | None, *, user: str | None = None) -> AsyncIterator[list[Lease]]:
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
-    One lease, or one for each member of an ensemble. None and the base model's name give the bare base. Raises what
-    `Registry.pin` raises, and InvalidRequest for an ensemble in which a version stands twice.
+    One lease, or one for each member of an ensemble; `user` decides which version of a canary. None and the base
+    model's name give the bare base. Raises what `Registry.pin` raises, and InvalidRequest for an ensemble in which a
+    version stands twice.
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
@@ -92,7 +94,7 @@ async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[li
         for reference in task if isinstance(task, list) else [task]:
             pin = None
             if reference is not None and reference != state.base.info.name:
-                pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
+                pin = await anyio.to_thread.run_sync(partial(state.registry.pin, reference, user=user))
             leases.append(Lease(pin))
             give_back.append(leases[-1].share())
         # NOTE: not their digests, because versions of two tasks may have the same bytes.

@@ -55,7 +55,7 @@ def _version_entry(state: State, reference: str, task: Task, version: Version) -
         "task": task.name,
         "version": version.number,
         "digest": version.digest,
-        "aliases": [alias.name for alias in task.aliases.values() if alias.version == version.number],
+        "aliases": [alias.name for alias in task.aliases.values() if version.number in alias.target.numbers],
         "num_virtual_tokens": version.manifest.num_virtual_tokens,
     }
 

@@ -7,37 +7,48 @@ from functools import partial
 from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Body, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
-from app.api.preconditions import etag, expected_etag, is_unchanged
-from app.api.schemas import AliasReply, AliasRequest, Deleted, Page, PublishReply, TaskReply, VersionReply
+from app.api.preconditions import etag, is_unchanged
+from app.api.schemas import (
+    Deleted,
+    Page,
+    PublishReply,
+    TaskReply,
+    VersionReply,
+)
 from app.api.upload import UPLOAD_BODY, Upload, read_upload
 from app.checkpoint import Checkpoint, read_checkpoint, read_manifest
 from app.engine import Engine
-from app.errors import ContextLengthExceeded, InvalidPromptFile, NotReady, NumericalError, ReferenceNotFound
+from app.errors import (
+    ContextLengthExceeded,
+    InvalidPromptFile,
+    NotReady,
+    NumericalError,
+    ReferenceNotFound,
+)
 from app.manifest import ManifestInput
-from app.registry import DEFAULT_ALIAS, Alias, Registry, Task, Version
+from app.registry import DEFAULT_ALIAS, Registry, Task, Version, parse_reference
 from app.registry.reference import check_alias_name, check_task_name, not_found
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/tasks", tags=["registry"])
 
 Tag = Annotated[str | None, Query(max_length=401, description="`key` or `key=value`")]
-_ALIAS_EXAMPLES: dict[str, Any] = {"move": {"summary": "Serve version 7", "value": {"version": 7}}}
 
 
-async def _find_version(
+async def find_version(
     task: str, version: Annotated[str, Path(description="A version number")], state: StateDep
 ) -> Version:
     # A reference is checked whole, so a malformed number is the same 404 as an unknown one.
     return state.registry.resolve(f"{task}:{version}")
 
 
-VersionDep = Annotated[Version, Depends(_find_version)]
+VersionDep = Annotated[Version, Depends(find_version)]
 
 
 @router.get("", response_model=Page[TaskReply])
@@ -58,7 +69,8 @@ async def get_task(task: str, state: StateDep) -> Any:
 
 @router.delete("/{task}", response_model=Deleted)
 async def delete_task(task: str, state: StateDep) -> Any:
-    """Delete a task and all its versions. Refused with 412 while it has an alias besides `latest`."""
+    """Delete a task and all its versions; each can be restored. Refused with 412 while an alias besides `latest` is
+    there."""
     versions = list(state.registry.task(task).versions.values())
     await anyio.to_thread.run_sync(state.registry.delete_task, task)
     for version in versions:
@@ -67,14 +79,26 @@ async def delete_task(task: str, state: StateDep) -> Any:
 
 
 @router.get("/{task}/versions", response_model=Page[VersionReply])
-async def list_versions(task: str, state: StateDep, limit: Limit = 100, after: After = None, tag: Tag = None) -> Any:
+async def list_versions(
+    task: str,
+    state: StateDep,
+    limit: Limit = 100,
+    after: After = None,
+    tag: Tag = None,
+    deleted: Annotated[bool, Query(description="Instead those that are deleted and can be restored")] = False,
+) -> Any:
     """Versions by number, with `after` those above it."""
-    found = state.registry.task(task)
-    start = state.registry.resolve(f"{task}:{after}").number if after is not None else 0
+    found: dict[Version, str | None]
+    if deleted:
+        found = {item.version: item.deleted_at for item in state.registry.deleted_versions(task)}
+    else:
+        found = dict.fromkeys(state.registry.task(task).versions.values())
+    if after is not None and after not in {str(version.number) for version in found}:
+        raise not_found()
     versions = [
-        _version_reply(version, state.registry)
-        for version in found.versions.values()
-        if version.number > start and _has_tag(version, tag)
+        _version_reply(version, state.registry, deleted_at)
+        for version, deleted_at in found.items()
+        if (after is None or version.number > int(after)) and _has_tag(version, tag)
     ]
     return paged(versions, limit)
 
@@ -113,10 +137,22 @@ async def get_version(version: VersionDep, state: StateDep) -> Any:
 
 @router.delete("/{task}/versions/{version}", response_model=Deleted)
 async def delete_version(version: VersionDep, state: StateDep) -> Any:
-    """Delete a version; requests that use it finish. Refused with 412 while an alias names it."""
+    """Delete a version; requests that use it finish, and it can be restored. 412 while an alias names it."""
     await anyio.to_thread.run_sync(state.registry.delete_version, version.task, version.number)
     await _unload(state.engine, version)
     return {"id": version.reference, "object": "version", "deleted": True}
+
+
+@router.post("/{task}/versions/{version}:restore", response_model=VersionReply)
+async def restore_version(
+    task: str, version: Annotated[str, Path(description="The number of a deleted version")], state: StateDep
+) -> Any:
+    """Undo the deletion of a version, until its files are collected. It gets no alias back."""
+    number = parse_reference(f"{task}:{version}").version
+    if number is None:
+        raise not_found()
+    restored = await anyio.to_thread.run_sync(state.registry.restore_version, task, number)
+    return _version_reply(restored, state.registry)
 
 
 @router.get(
@@ -137,35 +173,6 @@ async def get_file(name: str, version: VersionDep, request: Request, state: Stat
     data = await anyio.to_thread.run_sync(state.registry.read_file, version.task, version.number, name)
     media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
     return Response(data, media_type=media_type, headers=headers)
-
-
-@router.get("/{task}/aliases/{alias}", response_model=AliasReply)
-async def get_alias(task: str, alias: str, state: StateDep) -> Response:
-    found = state.registry.task(task).aliases.get(alias)
-    if found is None:
-        raise not_found()
-    return _alias_reply(task, found)
-
-
-@router.put(
-    "/{task}/aliases/{alias}",
-    response_model=AliasReply,
-    responses={201: {"model": AliasReply, "description": "The alias is new"}},
-)
-async def put_alias(
-    task: str,
-    alias: str,
-    request: Request,
-    body: Annotated[AliasRequest, Body(openapi_examples=_ALIAS_EXAMPLES)],
-    state: StateDep,
-) -> Response:
-    """Point an alias at a version, by compare-and-swap: If-Match, or If-None-Match: * for a new alias."""
-    current = state.registry.task(task).aliases.get(alias)
-    expected = expected_etag(request, current.etag if current else None)
-    moved = await anyio.to_thread.run_sync(
-        partial(state.registry.move_alias, task, alias, body.version, expected=expected)
-    )
-    return _alias_reply(task, moved, created=expected is None)
 
 
 def _check(upload: Upload, base: BaseInfo) -> Checkpoint:
@@ -205,7 +212,7 @@ def _task_reply(task: Task) -> dict[str, Any]:
     }
 
 
-def _version_reply(version: Version, registry: Registry) -> dict[str, Any]:
+def _version_reply(version: Version, registry: Registry, deleted_at: str | None = None) -> dict[str, Any]:
     try:
         aliases = list(registry.task(version.task).aliases.values())
     except ReferenceNotFound:  # deleted since the caller found the version
@@ -214,12 +221,8 @@ def _version_reply(version: Version, registry: Registry) -> dict[str, Any]:
         "task": version.task,
         "version": version.number,
         "reference": version.reference,
-        "aliases": [alias.name for alias in aliases if alias.version == version.number],
+        "aliases": [alias.name for alias in aliases if version.number in alias.target.numbers],
         "pins": registry.pins(version),
+        "deleted_at": deleted_at,
         **version.manifest.model_dump(mode="json"),
     }
-
-
-def _alias_reply(task: str, alias: Alias, *, created: bool = False) -> Response:
-    reply = {"task": task, "alias": alias.name, "version": alias.version}
-    return JSONResponse(reply, 201 if created else 200, {"ETag": etag(alias.etag)})

@@ -44,13 +44,24 @@ class Index:
 
     def task(self, name: str) -> Task:
         """Raises ReferenceNotFound, and PromptCorrupt if the task's log is damaged."""
+        task = self.state(name).task
+        if not task.versions:
+            raise not_found()
+        return task
+
+    def state(self, name: str) -> TaskState:
+        """The task with what is deleted, whether it has versions or not. Raises what `task` raises."""
         snapshot = self._snapshot
         state = snapshot.states.get(name)
         if state is None and name in snapshot.problems:
             raise PromptCorrupt(f"this task is unavailable: {snapshot.problems[name]}")
-        if state is None or not state.task.versions:
+        if state is None:
             raise not_found()
-        return state.task
+        return state
+
+    def states(self) -> list[TaskState]:
+        """All of them, by name."""
+        return [state for _, state in sorted(self._snapshot.states.items())]
 
     def catch_up(self, task: str) -> TaskState:
         """The task as its log stands now, which is not behind any acknowledged write of any process."""

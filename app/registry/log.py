@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -22,6 +22,8 @@ from app.strict_json import parse_object
 Digest = Annotated[str, StringConstraints(pattern=r"\Asha256:[0-9a-f]{64}\z")]
 Number = Annotated[int, Field(ge=1)]
 AliasName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Share = Annotated[float, Field(gt=0, le=1)]
+MAX_SPLIT = 16  # versions that one alias may stand for
 
 
 class _Payload(BaseModel):
@@ -62,7 +64,39 @@ class MoveAlias(_Payload):
     version: Number
 
 
+class SplitAlias(_Payload):
+    """The alias stands for several versions, by weight: a canary."""
+
+    alias: AliasName
+    weights: Annotated[list[tuple[Number, Share]], Field(min_length=2, max_length=MAX_SPLIT)]  # by version
+
+
+class RollBackAlias(_Payload):
+    """The alias goes back to what it stood for before; `weights` says what that was, for readers of the log."""
+
+    alias: AliasName
+    weights: Annotated[list[tuple[Number, Share]], Field(min_length=1, max_length=MAX_SPLIT)]
+
+
+class RemoveAlias(_Payload):
+    alias: AliasName
+
+
 class DeleteVersion(_Payload):
+    """Nobody finds the version any more; its files stay until it is collected."""
+
+    version: Number
+
+
+class RestoreVersion(_Payload):
+    """Take the deletion of a version back."""
+
+    version: Number
+
+
+class CollectVersion(_Payload):
+    """The files of a deleted version go now, for good."""
+
     version: Number
 
 
@@ -70,11 +104,26 @@ class DeleteTask(_Payload):
     """Every version and alias of the task; its log goes on, so that numbers are never used again."""
 
 
-Change = PublishVersion | MoveAlias | DeleteVersion | DeleteTask
+Change = (
+    PublishVersion
+    | MoveAlias
+    | SplitAlias
+    | RollBackAlias
+    | RemoveAlias
+    | DeleteVersion
+    | RestoreVersion
+    | CollectVersion
+    | DeleteTask
+)
 _CHANGES: dict[str, type[Change]] = {
     "publish": PublishVersion,
     "alias": MoveAlias,
+    "split_alias": SplitAlias,
+    "roll_back_alias": RollBackAlias,
+    "remove_alias": RemoveAlias,
     "delete_version": DeleteVersion,
+    "restore_version": RestoreVersion,
+    "collect_version": CollectVersion,
     "delete_task": DeleteTask,
 }
 _OPS = {change: op for op, change in _CHANGES.items()}
@@ -93,7 +142,7 @@ class _Line(_Payload):
 
     seq: Number
     prev: Digest | None
-    op: Literal["publish", "alias", "delete_version", "delete_task"]
+    op: str
     payload: dict[str, Any]
     actor: Annotated[str, StringConstraints(max_length=200)]
     time: str  # RFC 3339, UTC; for people: order is that of `seq`
@@ -106,7 +155,13 @@ class Entry:
     seq: int
     prev: str | None
     change: Change
+    actor: str
+    time: str  # RFC 3339, UTC
     data: bytes
+
+    @property
+    def op(self) -> str:
+        return _OPS[type(self.change)]
 
     @property
     def head(self) -> Head:
@@ -137,8 +192,10 @@ class Entry:
         if _sealed(fields) != data:
             raise ValueError("the digest or the form differs")
         line = _Line.model_validate(fields)
-        change = _CHANGES[line.op].model_validate(line.payload)
-        return cls(line.seq, line.prev, change, data)
+        if line.op not in _CHANGES:
+            raise ValueError("an operation that this release does not know")
+        change = _CHANGES[line.op].model_validate_json(json.dumps(line.payload))
+        return cls(line.seq, line.prev, change, line.actor, line.time, data)
 
 
 def _sealed(fields: dict[str, Any]) -> bytes:

@@ -8,14 +8,18 @@ PromptCorrupt, and a failing file system NotReady or StorageFull.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
-from app.errors import InvalidRequest, PreconditionFailed, PromptCorrupt, ReferenceNotFound, ServerError
+from app.errors import InvalidRequest, PromptCorrupt, ReferenceNotFound, ServerError
 from app.manifest import Manifest, ManifestInput
-from app.registry import log
+from app.registry import changes, log
+from app.registry.alias import Alias, Target
 from app.registry.index import Index
-from app.registry.log import Change, DeleteTask, DeleteVersion, MoveAlias, PublishVersion
+from app.registry.log import Change, Entry, MoveAlias, PublishVersion
 from app.registry.pin import Pin, PinCount
 from app.registry.prompt_cache import Key, PromptCache
 from app.registry.reference import (
@@ -26,7 +30,7 @@ from app.registry.reference import (
     parse_reference,
 )
 from app.registry.store import Store, Upload
-from app.registry.task import Alias, Task, TaskState, Version
+from app.registry.task import DeletedVersion, Task, TaskState, Version
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 logger = logging.getLogger(__name__)
@@ -63,8 +67,11 @@ class Registry:
     def version(self, task: str, number: int) -> Version:
         return _version(self.task(task), number)
 
-    def resolve(self, reference: str) -> Version:
-        """The version that `reference` (see app.registry.reference) names now."""
+    def resolve(self, reference: str, *, user: str | None = None) -> Version:
+        """The version that `reference` (see app.registry.reference) names now.
+
+        Of an alias that stands for several, one by weight; for a `user` always the same.
+        """
         wanted = parse_reference(reference)
         task = self.task(wanted.task)
         if wanted.digest is not None:
@@ -72,18 +79,18 @@ class Registry:
             return _version(task, version.number if version else None)
         if wanted.alias is not None:
             alias = task.aliases.get(wanted.alias)
-            return _version(task, alias.version if alias else None)
+            return _version(task, alias.choose(task.name, user) if alias else None)
         return _version(task, wanted.version)
 
-    def pin(self, reference: str) -> Pin:
-        """Resolve `reference` once, count its version as used and have its soft prompt in memory.
+    def pin(self, reference: str, *, user: str | None = None) -> Pin:
+        """Resolve `reference` once, as `resolve` does, count its version as used and have its soft prompt in memory.
 
         Blocks when files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do
         not match their digests, and InvalidPromptFile if the prompt does not fit the base model, which the
         operator may have changed since it was published.
         """
         while True:
-            version = self.resolve(reference)
+            version = self.resolve(reference, user=user)
             self._pins.add(version)
             try:
                 return Pin(version, self._prompt(version), self._pins)
@@ -133,7 +140,7 @@ class Registry:
                 number = upload.place(state.numbers)
                 return PublishVersion(version=number, files=hashes, manifest=manifest, alias=alias)
             current = state.task.aliases.get(alias) if alias else None
-            if alias is None or (current and current.version == existing.number):
+            if alias is None or (current and current.target == Target.of(existing.number)):
                 return None
             return MoveAlias(alias=alias, version=existing.number)
 
@@ -158,61 +165,86 @@ class Registry:
         )
 
     def move_alias(
-        self, task: str, alias: str, version: int, *, expected: int | None, actor: str = "anonymous"
+        self,
+        task: str,
+        alias: str,
+        versions: int | Mapping[int, float],
+        *,
+        expected: int | None,
+        actor: str = "anonymous",
     ) -> Alias:
-        """Point `alias` at a version if its etag is still `expected` (None: if it does not exist yet).
+        """Point `alias` at a version, or at several by weight, if its etag is still `expected` (None: if it is new).
 
-        Raises PreconditionFailed otherwise, and InvalidRequest for a bad name.
+        Raises PreconditionFailed otherwise, and InvalidRequest for a bad name or bad weights.
         """
         check_alias_name(alias)
+        target = Target.of(versions)
 
         def decide(state: TaskState) -> Change:
-            number = _version(state.task, version).number
-            current = state.task.aliases.get(alias)
-            if (current.etag if current else None) != expected:
-                raise PreconditionFailed(
-                    "the alias exists already" if expected is None else "the alias was moved since, or is gone"
-                )
-            return MoveAlias(alias=alias, version=number)
+            return changes.move_alias(state, alias, target, expected)
 
         return self._index.commit(task, decide, actor).task.aliases[alias]
 
+    def roll_back_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> Alias:
+        """Point `alias` at what it was before its last move; again for what it was before that.
+
+        Raises PreconditionFailed if it was moved since, or if there is nothing to go back to.
+        """
+        state = self._index.commit(task, lambda state: changes.roll_back_alias(state, alias, expected), actor)
+        return state.task.aliases[alias]
+
+    def remove_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> None:
+        """Raises PreconditionFailed if it was moved since."""
+        self._index.commit(task, lambda state: changes.remove_alias(state, alias, expected), actor)
+
     def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> None:
-        """Delete a version and its files; who has it pinned keeps its soft prompt.
+        """Delete a version: nobody finds it any more, who has it pinned keeps it, and `restore_version` undoes it.
 
         Raises PreconditionFailed while an alias names it.
         """
-
-        def decide(state: TaskState) -> Change:
-            version = _version(state.task, number)
-            names = [alias.name for alias in state.task.aliases.values() if alias.version == number]
-            if names:
-                raise PreconditionFailed(f"{version.reference} is named by the alias {', '.join(names)}")
-            return DeleteVersion(version=number)
-
-        self._index.commit(task, decide, actor)
-        self._store.remove_version(task, number)
+        self._index.commit(task, lambda state: changes.delete_version(state, number), actor)
 
     def delete_task(self, task: str, *, actor: str = "anonymous") -> None:
         """Delete every version of a task, and its alias `latest` with them.
 
-        Raises PreconditionFailed while it has any other alias: `latest` is moved by publishing without being
-        asked for, but the others were set by someone who relies on them.
+        Raises PreconditionFailed while it has any other alias.
         """
-        doomed: list[int] = []
+        self._index.commit(task, changes.delete_task, actor)
 
-        def decide(state: TaskState) -> Change:
-            if not state.task.versions:
-                raise not_found()
-            names = [name for name in state.task.aliases if name != DEFAULT_ALIAS]
-            if names:
-                raise PreconditionFailed(f"the task has the alias {', '.join(names)}")
-            doomed[:] = state.task.versions
-            return DeleteTask()
+    def restore_version(self, task: str, number: int, *, actor: str = "anonymous") -> Version:
+        """Undo the deletion of a version whose files have not been collected; it gets no alias back."""
+        state = self._index.commit(task, lambda state: changes.restore_version(state, number), actor)
+        return state.task.versions[number]
 
-        self._index.commit(task, decide, actor)
-        for number in doomed:
-            self._store.remove_version(task, number)
+    def deleted_versions(self, task: str) -> list[DeletedVersion]:
+        """Versions that can be restored, by number, of a task that need not have others."""
+        return list(self._index.state(task).deleted.values())
+
+    def collect(self, *, retention: float) -> list[str]:
+        """Remove the files of versions that were deleted more than `retention` seconds ago, and return their names.
+
+        A version that a request of this process still uses is left for the next time.
+        """
+        before = datetime.now(UTC) - timedelta(seconds=retention)
+        collected = []
+        for state in self._index.states():
+            for number, deleted in state.deleted.items():
+                if self._pins[deleted.version] or not changes.is_due(deleted, before):
+                    continue
+                after = self._index.commit(
+                    state.task.name, partial(changes.collect_version, number=number, deleted_before=before), "collector"
+                )
+                # NOTE: files only go once the log says so: a restored version must have its own.
+                if number not in after.deleted and number not in after.task.versions:
+                    self._store.remove_version(state.task.name, number)
+                    collected.append(deleted.version.reference)
+        return collected
+
+    def history(self, task: str, *, before: int | None, limit: int) -> list[Entry]:
+        """Up to `limit` entries of the task's log, the newest first, of those below sequence number `before`."""
+        last = self._index.state(task).head.seq
+        newest = last if before is None else min(before - 1, last)
+        return [self._store.read_entry(task, seq) for seq in range(newest, max(0, newest - limit), -1)]
 
     def read_file(self, task: str, number: int, name: str) -> bytes:
         """One of `Version.files`, as it was published; PromptCorrupt if it no longer matches its digest."""

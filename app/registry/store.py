@@ -127,6 +127,14 @@ class Store:
                     raise PromptCorrupt(f"entry {seq} is damaged") from error
                 seq += 1
 
+    def read_entry(self, task: str, seq: int) -> Entry:
+        """One entry that is known to exist. Raises PromptCorrupt if it is gone or damaged."""
+        with storage_errors():
+            try:
+                return Entry.parse(self._entry(self._log(task), seq).read_bytes())
+            except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+                raise PromptCorrupt(f"entry {seq} is missing or damaged") from error
+
     def append(self, task: str, entry: Entry) -> bool:
         """Create the entry durably. False if another one has its sequence number.
 

@@ -1,0 +1,122 @@
+"""Aliases over HTTP: moved, split, rolled back and removed, each by compare-and-swap; and a task's history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, Response
+
+from app.api.body import JsonRoute
+from app.api.deps import StateDep
+from app.api.paging import After, Limit, paged
+from app.api.preconditions import etag, expected_etag
+from app.api.schemas import AliasReply, AliasRequest, Deleted, HistoryEntry, Page
+from app.errors import InvalidRequest, PreconditionRequired
+from app.registry import Alias, Entry, Registry
+from app.registry.reference import not_found
+
+router = APIRouter(route_class=JsonRoute, prefix="/v1/tasks/{task}", tags=["registry"])
+
+_ALIAS_EXAMPLES: dict[str, Any] = {
+    "move": {"summary": "Serve version 7", "value": {"version": 7}},
+    "canary": {"summary": "Serve version 8 to one in ten", "value": {"weights": {"7": 0.9, "8": 0.1}}},
+}
+
+
+@router.get("/aliases/{alias}", response_model=AliasReply)
+async def get_alias(task: str, alias: str, state: StateDep) -> Response:
+    found = state.registry.task(task).aliases.get(alias)
+    if found is None:
+        raise not_found()
+    return _alias_reply(task, found)
+
+
+@router.put(
+    "/aliases/{alias}",
+    response_model=AliasReply,
+    responses={201: {"model": AliasReply, "description": "The alias is new"}},
+)
+async def put_alias(
+    task: str,
+    alias: str,
+    request: Request,
+    body: Annotated[AliasRequest, Body(openapi_examples=_ALIAS_EXAMPLES)],
+    state: StateDep,
+) -> Response:
+    """Point an alias at a version, or at several by weight, by compare-and-swap.
+
+    Send If-Match with its ETag, or If-None-Match: * for a new alias.
+    """
+    current = state.registry.task(task).aliases.get(alias)
+    expected = expected_etag(request, current.etag if current else None)
+    versions = {int(number): weight for number, weight in (body.weights or {}).items()} or body.version or 0
+    moved = await anyio.to_thread.run_sync(partial(state.registry.move_alias, task, alias, versions, expected=expected))
+    return _alias_reply(task, moved, created=expected is None)
+
+
+@router.delete("/aliases/{alias}", response_model=Deleted)
+async def delete_alias(task: str, alias: str, request: Request, state: StateDep) -> Any:
+    """Remove an alias, by compare-and-swap: If-Match. The versions it names stay."""
+    expected = _seen_etag(state.registry, task, alias, request)
+    await anyio.to_thread.run_sync(partial(state.registry.remove_alias, task, alias, expected=expected))
+    return {"id": f"{task}@{alias}", "object": "alias", "deleted": True}
+
+
+@router.post("/aliases/{alias}:rollback", response_model=AliasReply)
+async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep) -> Response:
+    """Point an alias at what it was before its last move, by compare-and-swap: If-Match. Again goes a step further."""
+    expected = _seen_etag(state.registry, task, alias, request)
+    moved = await anyio.to_thread.run_sync(partial(state.registry.roll_back_alias, task, alias, expected=expected))
+    return _alias_reply(task, moved)
+
+
+def _seen_etag(registry: Registry, task: str, alias: str, request: Request) -> int:
+    """The etag of an alias that must exist and that If-Match names."""
+    current = registry.task(task).aliases.get(alias)
+    if current is None:
+        raise not_found()
+    expected = expected_etag(request, current.etag)
+    if expected is None:
+        raise PreconditionRequired("send If-Match with the etag of the alias")
+    return expected
+
+
+@router.get("/history", response_model=Page[HistoryEntry])
+async def get_history(task: str, state: StateDep, limit: Limit = 100, after: After = None) -> Any:
+    """Who changed what and when, the newest first; with `after`, what came before that change."""
+    if after is not None and not (after.isdecimal() and after.isascii() and len(after) < 10):
+        raise InvalidRequest("after: must be the number of a change", param="after")
+    before = None if after is None else int(after)
+    entries = await anyio.to_thread.run_sync(partial(state.registry.history, task, before=before, limit=limit + 1))
+    return paged([_change_reply(entry) for entry in entries], limit)
+
+
+def _alias_reply(task: str, alias: Alias, *, created: bool = False) -> Response:
+    reply: dict[str, Any] = {"task": task, "alias": alias.name, "version": alias.version}
+    if alias.target.is_split:
+        reply["weights"] = _weights(alias.target.weights)
+    return JSONResponse(reply, 201 if created else 200, {"ETag": etag(alias.etag)})
+
+
+def _change_reply(entry: Entry) -> dict[str, Any]:
+    """A version that is published moves its alias in the same entry."""
+    change = entry.change.model_dump(include={"alias", "version", "weights"})
+    weights = change.get("weights")
+    return {
+        "object": "change",
+        "seq": entry.seq,
+        "op": entry.op,
+        "actor": entry.actor,
+        "time": entry.time,
+        "alias": change.get("alias"),
+        "version": change.get("version") or (weights[0][0] if weights and len(weights) == 1 else None),
+        "weights": _weights(weights) if weights and len(weights) > 1 else None,
+    }
+
+
+def _weights(weights: Iterable[tuple[int, float]]) -> dict[str, float]:
+    return {str(number): share for number, share in weights}
