@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,20 @@ def test_what_is_pinned_is_not_collected(registry: Registry, root: Path) -> None
     assert torch.all(pin.prompt.tensor == 2)
     pin.release()
     assert registry.collect(retention=0) == ["t:2"] and os.listdir(root / "t/versions") == ["1"]
+
+
+def test_memory_goes_with_the_last_pin(registry: Registry) -> None:
+    first, second = registry.pin("t:2"), registry.pin("t:2")
+    prompt = weakref.ref(first.prompt)
+    registry.delete_version("t", 2)
+    first.release()
+    del first
+    gc.collect()
+    assert prompt() is second.prompt
+    second.release()
+    del second
+    gc.collect()
+    assert prompt() is None
 
 
 def test_the_log_says_that_files_go_before_they_do(
