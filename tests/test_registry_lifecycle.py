@@ -16,8 +16,8 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from app.errors import InvalidRequest, PreconditionFailed, ReferenceNotFound
-from app.registry import Registry, Store, Target
+from app.errors import InvalidRequest, PreconditionFailed, PromptCorrupt, ReferenceNotFound
+from app.registry import Registry, Store, Target, log
 from app.registry import alias as alias_module
 from app.registry.store import Store as StoreClass
 from tests.checkpoints import BASE, TENSORS_FILE, checkpoint
@@ -274,6 +274,29 @@ def test_history_is_newest_first_and_paged(registry: Registry) -> None:
     assert registry.history("t", before=1, limit=4) == [] and registry.history("t", before=99, limit=1) == entries[:1]
     with pytest.raises(ReferenceNotFound):
         registry.history("unknown", before=None, limit=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        log.DeleteVersion(version=3),  # the canary names it, if not first
+        log.DeleteVersion(version=9),
+        log.RestoreVersion(version=1),
+        log.CollectVersion(version=1),
+        log.MoveAlias(alias="prod", version=9),
+        log.SplitAlias(alias="prod", weights=[(1, 0.5), (9, 0.5)]),
+        log.RollBackAlias(alias="prod", weights=[(2, 1.0)]),
+        log.RollBackAlias(alias="new", weights=[(1, 1.0)]),
+        log.RemoveAlias(alias="new"),
+    ],
+    ids=repr,
+)
+def test_a_log_that_says_the_impossible_is_damaged(registry: Registry, change: log.Change) -> None:
+    move(registry, 1)
+    move(registry, {1: 0.9, 3: 0.1})
+    state = registry._index.state("t")
+    with pytest.raises(PromptCorrupt, match="entry 6"):
+        state.fold([log.Entry.after(state.head, change, "nobody")])
 
 
 # ---- Everything, in any order ----
