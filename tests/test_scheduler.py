@@ -134,7 +134,7 @@ def test_a_prefix_is_held_once_and_its_partial_block_copied() -> None:
     assert [row.block_table[0] for row in rows] == [full] * 3
     copies = {row.block_table[1] for row in rows}
     assert len(copies) == 3 and partial not in copies
-    assert sorted(step.copies) == sorted((partial, block) for block in copies)
+    assert sorted(step.copies) == sorted((partial, block, 2) for block in copies)
     assert all(row.start == 6 for row in step.rows), "virtual tokens are not computed again"
 
 

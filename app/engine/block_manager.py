@@ -182,7 +182,10 @@ class BlockManager:
             if prefix is not None:
                 self.unfork(prefix)
             return None
-        copies = list(zip(partial, own, strict=False)) if not num_found else []
+        count = prefix.num_tokens % self.block_size if prefix else 0
+        copies = (
+            [(source, target, count) for source, target in zip(partial, own, strict=False)] if not num_found else []
+        )
         start = prefix.num_tokens if prefix else 0
         return Fork(table + own, copies, max(start, len(table) * self.block_size))
 
@@ -195,5 +198,5 @@ class BlockManager:
 @dataclass(frozen=True)
 class Fork:
     block_table: list[int]
-    copies: list[tuple[int, int]]  # (source, target) blocks
+    copies: list[tuple[int, int, int]]  # the first positions of blocks: (source, target, how many)
     num_tokens: int  # positions that need not be computed

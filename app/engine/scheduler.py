@@ -39,7 +39,7 @@ class Step:
     """What the model runner does, in this order."""
 
     loads: list[tuple[SoftPrompt, Prefix]] = field(default_factory=list)  # keys and values to be copied in
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (source, target) blocks
+    copies: list[tuple[int, int, int]] = field(default_factory=list)  # (source, target, positions) of blocks
     rows: list[Row] = field(default_factory=list)
 
     @property
