@@ -1,6 +1,6 @@
 /* Products with packed matrices, in float and in int8, and how matrices are packed. */
 #pragma once
-#include "vector.h"
+#include "storage.h"
 
 typedef enum { STORE, ADD, GATE } Epilogue;
 
@@ -45,28 +45,60 @@ INLINE void ask(Ahead *ahead) {
 
 /* One pass over a panel, `step` bytes in a turn, asks for what comes `near` behind it. Several passes ask for a share
  * of the next panel each, so that memory is as busy while the panel is used again as it was in the first pass. */
-INLINE Ahead ahead_of(const Matrix *m, size_t panel, size_t panel_bytes, size_t step, size_t near, int pass,
-                      int passes) {
-    const char *here = (const char *)m->panels + panel * panel_bytes;
-    if (passes == 1) return (Ahead){here + near, step};
-    return (Ahead){here + panel_bytes + panel_bytes / passes * pass, step / passes};
+INLINE Ahead ahead_of(const char *panel, size_t panel_bytes, size_t step, size_t near, int pass, int passes) {
+    if (passes == 1) return (Ahead){panel + near, step};
+    return (Ahead){panel + panel_bytes + panel_bytes / passes * pass, step / passes};
 }
 
-/* Rows from `a` times one panel. */
-INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t,
-                        float *out, Ahead ahead) {
-    const float *w = (const float *)m->panels + panel * PANEL * (size_t)m->k;
+/* What an input adds to the sums of a block of rows. `keep`: where the weights are wanted in float for other blocks. */
+INLINE void add_input(const int rows, __m256 acc[][2], const float *a, size_t lda, size_t k, __m256 w0, __m256 w1,
+                      float *keep) {
+    if (keep) {
+        _mm256_store_ps(keep + k * PANEL, w0);
+        _mm256_store_ps(keep + k * PANEL + 8, w1);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        __m256 x = _mm256_broadcast_ss(a + r * lda + k);
+        acc[r][0] = _mm256_fmadd_ps(x, w0, acc[r][0]);
+        acc[r][1] = _mm256_fmadd_ps(x, w1, acc[r][1]);
+    }
+}
+
+/* Rows from `a` times one panel, which lies at `w` in that storage. */
+INLINE void product_f32(const int rows, const Storage storage, const float *a, size_t lda, const Matrix *m,
+                        const char *w, size_t panel, const Target *t, float *out, Ahead ahead, float *keep) {
     __m256 acc[MAX_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
-    for (size_t k = 0, end = (size_t)m->k; k < end; k++, w += PANEL) {
-        __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8);
-        ask(&ahead);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m256 x = _mm256_broadcast_ss(a + r * lda + k);
-            acc[r][0] = _mm256_fmadd_ps(x, w0, acc[r][0]);
-            acc[r][1] = _mm256_fmadd_ps(x, w1, acc[r][1]);
+    const size_t end = (size_t)m->k;
+    if (storage == FLOAT32) {
+        for (size_t k = 0; k < end; k++, w += PANEL * sizeof(float)) {
+            ask(&ahead);
+            add_input(rows, acc, a, lda, k, load_float(w, 0), load_float(w, 1), NULL);
+        }
+    } else if (storage == BFLOAT16) {
+        for (size_t k = 0; k < end; k++, w += PANEL * sizeof(uint16_t)) {
+            ask(&ahead);
+            add_input(rows, acc, a, lda, k, load_bfloat16(w, 0), load_bfloat16(w, 1), keep);
+        }
+    } else {
+        for (size_t k = 0; k < end;) {
+            const size_t stop = k + GROUP < end ? k + GROUP : end;
+            const Affine f0 = load_affine(w, 0), f1 = load_affine(w, 1);
+            for (size_t line = 0; line < group_bytes(storage, GROUP); line += 64) ask(&ahead);
+            w += AFFINE_BYTES;
+            if (storage == BYTES)
+                for (; k < stop; k++, w += PANEL)
+                    add_input(rows, acc, a, lda, k, weights(load_bytes(w, 0), f0), weights(load_bytes(w, 1), f1), keep);
+            else
+                for (; k < stop; k += 2, w += PANEL) {
+                    __m256i c0 = load_nibbles(w, 0), c1 = load_nibbles(w, 1);
+                    add_input(rows, acc, a, lda, k, weights(low_nibble(c0), f0), weights(low_nibble(c1), f1), keep);
+                    if (k + 1 == stop) break;
+                    add_input(rows, acc, a, lda, k + 1, weights(high_nibble(c0), f0), weights(high_nibble(c1), f1), keep);
+                }
+            k = stop;
         }
     }
     const float *bias = m->bias + panel * PANEL;
@@ -87,9 +119,8 @@ enum { EXACT_PAIRS = 2048 };
 
 /* Sums of int16 x int8 products in int32, exact (see `activation_limit`); longer ones go on in float, upwards. */
 INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m,
-                       size_t panel, const Target *t, float *out, Ahead ahead) {
+                       const int8_t *w, size_t panel, const Target *t, float *out, Ahead ahead) {
     size_t pairs = ((size_t)m->k + 1) / 2;
-    const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
     __m256i acc[MAX_ROWS][2];
     __m256 sum[MAX_ROWS][2];
 #pragma GCC unroll 6
@@ -142,29 +173,50 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
         default: CALL(6); break; \
     }
 
-/* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. */
+/* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. Where it takes several
+ * passes, the first one leaves the weights in `expanded`, in float, for the others. */
 static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from,
-                    size_t to) {
+                    size_t to, float *expanded) {
     int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    const size_t lda = pad16(m->k), size = panel_bytes(m->storage, m->k);
     for (size_t panel = from; panel < to; panel++)
         for (int b = 0; b < blocks; b++) {
             /* Blocks of equal size: 4 + 4 rows are faster than 6 + 2. */
             size_t first = (size_t)num_rows * b / blocks;
             int rows = (int)((size_t)num_rows * (b + 1) / blocks - first);
-            float *out = t.out + first * t.stride;
-            size_t lda = pad16(m->k);
-            if (d->model.quantized) {
-                const int16_t *a = d->quantized + first * lda;
-                const Ahead ahead = ahead_of(m, panel, (size_t)(m->k + 1) / 2 * 2 * PANEL, 2 * PANEL, 1024, b, blocks);
-#define CALL(count) product_i8(count, a, lda, d->row_scale + first, m, panel, &t, out, ahead)
-                ROW_COUNTS(CALL)
+            float *out = t.out + first * t.stride, *keep = blocks > 1 ? expanded : NULL;
+            const char *w = (const char *)m->panels + panel * size;
+            const float *a = in + first * lda;
+            const int16_t *q = d->quantized + first * lda;
+            Ahead ahead = ahead_of(w, size, m->storage == INT8 ? 2 * PANEL : PANEL * sizeof(float),
+                                   m->storage == INT8 ? 1024 : 2048, b, blocks);
+            Storage storage = m->storage;
+            if (storage != INT8 && storage != FLOAT32) {
+                if (b) {
+                    storage = FLOAT32;
+                    w = (const char *)expanded;
+                    ahead = (Ahead){w, 0};
+                } else
+                    ahead = (Ahead){w + 2048, storage == BFLOAT16 ? 32 : 64};
+            }
+#define PRODUCT(count) product_f32(count, PRODUCT_STORAGE, a, lda, m, w, panel, &t, out, ahead, keep)
+            switch (storage) {
+                case INT8:
+#define CALL(count) product_i8(count, q, lda, d->row_scale + first, m, (const int8_t *)w, panel, &t, out, ahead)
+                    ROW_COUNTS(CALL)
 #undef CALL
-            } else {
-                const float *a = in + first * lda;
-                const Ahead ahead = ahead_of(m, panel, m->k * PANEL * sizeof(float), PANEL * sizeof(float), 2048, b, blocks);
-#define CALL(count) product_f32(count, a, lda, m, panel, &t, out, ahead)
-                ROW_COUNTS(CALL)
-#undef CALL
+                    break;
+#define PRODUCT_STORAGE BFLOAT16
+                case BFLOAT16: ROW_COUNTS(PRODUCT) break;
+#undef PRODUCT_STORAGE
+#define PRODUCT_STORAGE BYTES
+                case BYTES: ROW_COUNTS(PRODUCT) break;
+#undef PRODUCT_STORAGE
+#define PRODUCT_STORAGE NIBBLES
+                case NIBBLES: ROW_COUNTS(PRODUCT) break;
+#undef PRODUCT_STORAGE
+#define PRODUCT_STORAGE FLOAT32
+                default: ROW_COUNTS(PRODUCT) break;
             }
         }
 }
@@ -212,29 +264,26 @@ INLINE float largest_magnitude(const float *w, int64_t k) {
     return top;
 }
 
+static void pack_int8(const float *w, size_t k, size_t column, char *panel, float *scale) {
+    float top = largest_magnitude(w, k);
+    *scale = top / 127;
+    float inverse = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
+    for (size_t i = 0; i < k; i++)
+        panel[i / 2 * PANEL * 2 + column * 2 + i % 2] = (char)rintf(w[i] * inverse);
+}
+
+EXPORT size_t softprompt_panel_bytes(int32_t storage, int64_t k) { return panel_bytes(storage, k); }
+
 /* Rows of a matrix [rows][k] into zeroed panels: row r becomes output column first + r / 8 * step + r % 8.
- * `step` is 8, or 16 for two matrices whose columns alternate. */
-EXPORT void softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t first, int64_t step, int32_t quantized,
+ * `step` is 8, or 16 for two matrices whose columns alternate. False, and the panels are unfinished, if the storage
+ * would change a weight (INT8 may). */
+EXPORT bool softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t first, int64_t step, int32_t storage,
                             void *panels, float *scale) {
-    int64_t pairs = (k + 1) / 2;
-    for (int64_t group = 0; group < rows; group += 8) {
-        int64_t column = first + group / 8 * step, count = rows - group < 8 ? rows - group : 8;
-        const float *source = w + group * k;
-        if (quantized) {
-            int8_t *target = (int8_t *)panels + (column / PANEL * pairs * PANEL + column % PANEL) * 2;
-            float inverse[8];
-            for (int64_t r = 0; r < count; r++) {
-                float top = largest_magnitude(source + r * k, k);
-                scale[column + r] = top / 127;
-                inverse[r] = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
-            }
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t r = 0; r < count; r++)
-                    target[i / 2 * PANEL * 2 + r * 2 + i % 2] = (int8_t)rintf(source[r * k + i] * inverse[r]);
-        } else {
-            float *target = (float *)panels + column / PANEL * k * PANEL + column % PANEL;
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t r = 0; r < count; r++) target[i * PANEL + r] = source[r * k + i];
-        }
+    for (int64_t r = 0; r < rows; r++, w += k) {
+        int64_t column = first + r / 8 * step + r % 8;
+        char *panel = (char *)panels + column / PANEL * panel_bytes(storage, k);
+        if (storage == INT8) pack_int8(w, k, column % PANEL, panel, &scale[column]);
+        else if (!pack_exactly(storage, w, k, column % PANEL, panel)) return false;
     }
+    return true;
 }
