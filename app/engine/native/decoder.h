@@ -30,7 +30,7 @@ enum { OK, NO_MEMORY, BAD_TOKEN, BAD_BLOCK, BAD_POSITION };
 /* ---- What Python hands over: decoder.py mirrors these ---- */
 
 /* How the weights of a matrix are held. All but INT8 hold float32 weights, bit for bit: see storage.h. */
-typedef enum { FLOAT32, INT8, BFLOAT16, BYTES, NIBBLES } Storage;
+typedef enum { FLOAT32, INT8, BFLOAT16, BLOCKS } Storage;
 
 typedef struct {
     const void *panels; /* [n / 16] of `panel_bytes`, padded with zeros */

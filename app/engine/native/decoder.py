@@ -53,7 +53,7 @@ class _Model(ctypes.Structure):
     ]
 
 
-_COMPACT = {Storage.NIBBLES: "4-bit blocks", Storage.BYTES: "8-bit blocks", Storage.BFLOAT16: "bfloat16"}
+_COMPACT = {Storage.BLOCKS: "8-bit blocks", Storage.BFLOAT16: "bfloat16"}
 
 
 class NativeDecoder:
@@ -84,6 +84,7 @@ class NativeDecoder:
         self._num_threads = num_threads
         self._vocab_size, self._hidden_size = weights.lm_head.shape
         self._storages: set[Storage] = set()
+        self.weight_bytes: int  # that a step of one row reads: of matrices, and one row of the embedding
         self._kept: list[Any] = [weights, cache]  # what the kernel points to
         model = self._model(weights, cache)
         handle = self._kernel.softprompt_create(ctypes.byref(model), num_threads)
@@ -146,7 +147,7 @@ class NativeDecoder:
         layers = (_Layer * len(weights.layers))(*(self._layer(layer, packer) for layer in weights.layers))
         self._kept.append(layers)
         head = packer.stack([weights.lm_head], [weights.lm_head_bias])
-        self.matrix_bytes = packer.used
+        self.weight_bytes = packer.used + weights.embedding[0].nbytes
         return _Model(
             layers=layers,
             head=self._matrix(head),

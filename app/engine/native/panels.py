@@ -1,7 +1,7 @@
 """The model's matrices as the kernel reads them: panels of 16 output columns, all in one block of memory.
 
-storage.h has the layouts. In float32 each matrix is held in the fewest bytes that give back every bit of it. Outputs are
-padded with zeros to a multiple of 16.
+storage.h has the layouts. In float32 each matrix is held in the fewest bytes that give back every bit of it. Outputs
+are padded with zeros to a multiple of 16.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _LARGE_PAGE = 2 << 20
 class Storage(IntEnum):
     """As in decoder.h."""
 
-    FLOAT32, INT8, BFLOAT16, BYTES, NIBBLES = range(5)
+    FLOAT32, INT8, BFLOAT16, BLOCKS = range(4)
 
 
-EXACT = (Storage.NIBBLES, Storage.BYTES, Storage.BFLOAT16, Storage.FLOAT32)  # the smallest first
+EXACT = (Storage.BLOCKS, Storage.BFLOAT16, Storage.FLOAT32)  # the smallest first
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,8 @@ typedef struct {
     size_t advance;
 } Ahead;
 
+enum { NEAR = 2048 }; /* bytes between what is asked for and what is used, of floats */
+
 INLINE void ask(Ahead *ahead) {
     _mm_prefetch(ahead->next, _MM_HINT_T0);
     ahead->next += ahead->advance;
@@ -50,62 +52,70 @@ INLINE Ahead ahead_of(const char *panel, size_t panel_bytes, size_t step, size_t
     return (Ahead){panel + panel_bytes + panel_bytes / passes * pass, step / passes};
 }
 
-/* What an input adds to the sums of a block of rows. `keep`: where the weights are wanted in float for other blocks. */
-INLINE void add_input(const int rows, __m256 acc[][2], const float *a, size_t lda, size_t k, __m256 w0, __m256 w1,
-                      float *keep) {
-    if (keep) {
-        _mm256_store_ps(keep + k * PANEL, w0);
-        _mm256_store_ps(keep + k * PANEL + 8, w1);
-    }
+/* What input `k` adds to the sums: its weights are w[halves], 8 columns each. */
+INLINE void add_input(const int rows, const int halves, __m256 acc[][4], const float *a, size_t lda, size_t k,
+                      const __m256 *w, float *keep) {
+    if (keep)
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; h++) _mm256_store_ps(keep + k * PANEL + 8 * h, w[h]);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
         __m256 x = _mm256_broadcast_ss(a + r * lda + k);
-        acc[r][0] = _mm256_fmadd_ps(x, w0, acc[r][0]);
-        acc[r][1] = _mm256_fmadd_ps(x, w1, acc[r][1]);
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; h++) acc[r][h] = _mm256_fmadd_ps(x, w[h], acc[r][h]);
     }
 }
 
-/* Rows from `a` times one panel, which lies at `w` in that storage. */
-INLINE void product_f32(const int rows, const Storage storage, const float *a, size_t lda, const Matrix *m,
-                        const char *w, size_t panel, const Target *t, float *out, Ahead ahead, float *keep) {
-    __m256 acc[MAX_ROWS][2];
+/* Rows from `a` times the panel at `w`; or one row times two panels, whose four sums wait less for the FMA before.
+ * `ahead` is for float panels; the other storages ask for a group at a time. `keep`: where the weights are wanted in
+ * float, too, for the blocks of rows that follow. */
+INLINE void product_f32(const int rows, const int panels, const Storage storage, const float *a, size_t lda,
+                        const Matrix *m, const char *w, size_t panel, const Target *t, float *out, Ahead ahead,
+                        float *keep) {
+    const int halves = 2 * panels;
+    const size_t end = (size_t)m->k, size = panel_bytes(storage, end);
+    const char *const next_panel = w + size;
+    __m256 acc[MAX_ROWS][4], now[4];
+#define EACH_HALF _Pragma("GCC unroll 4") for (int h = 0; h < halves; h++)
+#define AT(h) w + (h) / 2 * size, (h) % 2
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
-    const size_t end = (size_t)m->k;
-    if (storage == FLOAT32) {
-        for (size_t k = 0; k < end; k++, w += PANEL * sizeof(float)) {
-            ask(&ahead);
-            add_input(rows, acc, a, lda, k, load_float(w, 0), load_float(w, 1), NULL);
+    for (int r = 0; r < rows; r++) EACH_HALF acc[r][h] = _mm256_setzero_ps();
+    for (size_t k = 0; storage == FLOAT32 && k < end; k++, w += PANEL * sizeof(float)) {
+        ask(&ahead);
+        EACH_HALF now[h] = load_float(AT(h));
+        add_input(rows, halves, acc, a, lda, k, now, NULL);
+    }
+    for (size_t k = 0; storage != FLOAT32 && k < end;) {
+        const size_t stop = k + GROUP < end ? k + GROUP : end;
+        const char *next = w + NEAR;
+        if (panels == 2 && next >= next_panel) next += size;
+        for (size_t line = 0; line < panel_bytes(storage, GROUP); line += 64)
+            for (int p = 0; p < panels; p++) _mm_prefetch(next + p * size + line, _MM_HINT_T0);
+        if (storage == BFLOAT16) {
+            for (; k < stop; k++, w += PANEL * sizeof(uint16_t)) {
+                EACH_HALF now[h] = load_bfloat16(AT(h));
+                add_input(rows, halves, acc, a, lda, k, now, keep);
+            }
+            continue;
         }
-    } else if (storage == BFLOAT16) {
-        for (size_t k = 0; k < end; k++, w += PANEL * sizeof(uint16_t)) {
-            ask(&ahead);
-            add_input(rows, acc, a, lda, k, load_bfloat16(w, 0), load_bfloat16(w, 1), keep);
-        }
-    } else {
-        for (size_t k = 0; k < end;) {
-            const size_t stop = k + GROUP < end ? k + GROUP : end;
-            const Affine f0 = load_affine(w, 0), f1 = load_affine(w, 1);
-            for (size_t line = 0; line < group_bytes(storage, GROUP); line += 64) ask(&ahead);
-            w += AFFINE_BYTES;
-            if (storage == BYTES)
-                for (; k < stop; k++, w += PANEL)
-                    add_input(rows, acc, a, lda, k, weights(load_bytes(w, 0), f0), weights(load_bytes(w, 1), f1), keep);
-            else
-                for (; k < stop; k += 2, w += PANEL) {
-                    __m256i c0 = load_nibbles(w, 0), c1 = load_nibbles(w, 1);
-                    add_input(rows, acc, a, lda, k, weights(low_nibble(c0), f0), weights(low_nibble(c1), f1), keep);
-                    if (k + 1 == stop) break;
-                    add_input(rows, acc, a, lda, k + 1, weights(high_nibble(c0), f0), weights(high_nibble(c1), f1), keep);
-                }
-            k = stop;
+        Affine affine[4];
+        EACH_HALF affine[h] = load_affine(AT(h));
+        w += AFFINE_BYTES;
+        for (; k < stop; k++, w += PANEL) {
+            EACH_HALF now[h] = weights(load_codes(AT(h)), affine[h]);
+            add_input(rows, halves, acc, a, lda, k, now, keep);
         }
     }
-    const float *bias = m->bias + panel * PANEL;
-    __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
+#undef AT
+#undef EACH_HALF
+    for (int p = 0; p < panels; p++) {
+        const float *bias = m->bias + (panel + p) * PANEL;
+        __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-        finish(t, out + r * t->stride, panel, _mm256_add_ps(acc[r][0], b0), _mm256_add_ps(acc[r][1], b1));
+        for (int r = 0; r < rows; r++)
+            finish(t, out + r * t->stride, panel + p, _mm256_add_ps(acc[r][2 * p], b0),
+                   _mm256_add_ps(acc[r][2 * p + 1], b1));
+    }
 }
 
 /* GCC would keep a second copy of every sum in the loop, and run out of registers. */
@@ -173,13 +183,25 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
         default: CALL(6); break; \
     }
 
+/* A block of rows times one panel, or one row times two. */
+INLINE void pass_f32(const Storage storage, int rows, int panels, const float *a, size_t lda, const Matrix *m,
+                     const char *w, size_t panel, const Target *t, float *out, Ahead ahead, float *keep) {
+#define CALL(count) product_f32(count, 1, storage, a, lda, m, w, panel, t, out, ahead, keep)
+    if (panels == 1) ROW_COUNTS(CALL)
+    else product_f32(1, 2, storage, a, lda, m, w, panel, t, out, ahead, NULL);
+#undef CALL
+}
+
 /* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. Where it takes several
  * passes, the first one leaves the weights in `expanded`, in float, for the others. */
 static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from,
                     size_t to, float *expanded) {
-    int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    const size_t lda = pad16(m->k), size = panel_bytes(m->storage, m->k);
-    for (size_t panel = from; panel < to; panel++)
+    const Storage storage = m->storage;
+    const bool compact = storage == BLOCKS || storage == BFLOAT16;
+    const int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    const size_t lda = pad16(m->k), size = panel_bytes(storage, m->k);
+    for (size_t panel = from, taken; panel < to; panel += taken) {
+        taken = compact && num_rows == 1 && panel + 1 < to ? 2 : 1;
         for (int b = 0; b < blocks; b++) {
             /* Blocks of equal size: 4 + 4 rows are faster than 6 + 2. */
             size_t first = (size_t)num_rows * b / blocks;
@@ -187,38 +209,22 @@ static void product(const Decoder *d, const Matrix *m, const float *in, int num_
             float *out = t.out + first * t.stride, *keep = blocks > 1 ? expanded : NULL;
             const char *w = (const char *)m->panels + panel * size;
             const float *a = in + first * lda;
-            const int16_t *q = d->quantized + first * lda;
-            Ahead ahead = ahead_of(w, size, m->storage == INT8 ? 2 * PANEL : PANEL * sizeof(float),
-                                   m->storage == INT8 ? 1024 : 2048, b, blocks);
-            Storage storage = m->storage;
-            if (storage != INT8 && storage != FLOAT32) {
-                if (b) {
-                    storage = FLOAT32;
-                    w = (const char *)expanded;
-                    ahead = (Ahead){w, 0};
-                } else
-                    ahead = (Ahead){w + 2048, storage == BFLOAT16 ? 32 : 64};
-            }
-#define PRODUCT(count) product_f32(count, PRODUCT_STORAGE, a, lda, m, w, panel, &t, out, ahead, keep)
-            switch (storage) {
-                case INT8:
-#define CALL(count) product_i8(count, q, lda, d->row_scale + first, m, (const int8_t *)w, panel, &t, out, ahead)
-                    ROW_COUNTS(CALL)
+            Ahead ahead = {w, 0};
+            if (compact && b) w = (const char *)expanded;
+            else if (!compact)
+                ahead = storage == INT8 ? ahead_of(w, size, 2 * PANEL, 1024, b, blocks)
+                                        : ahead_of(w, size, PANEL * sizeof(float), NEAR, b, blocks);
+#define CALL(count) product_i8(count, d->quantized + first * lda, lda, d->row_scale + first, m, (const int8_t *)w, \
+                               panel, &t, out, ahead)
+#define PASS(storage) pass_f32(storage, rows, (int)taken, a, lda, m, w, panel, &t, out, ahead, keep)
+            if (storage == INT8) ROW_COUNTS(CALL)
+            else if (storage == FLOAT32 || b) PASS(FLOAT32);
+            else if (storage == BFLOAT16) PASS(BFLOAT16);
+            else PASS(BLOCKS);
+#undef PASS
 #undef CALL
-                    break;
-#define PRODUCT_STORAGE BFLOAT16
-                case BFLOAT16: ROW_COUNTS(PRODUCT) break;
-#undef PRODUCT_STORAGE
-#define PRODUCT_STORAGE BYTES
-                case BYTES: ROW_COUNTS(PRODUCT) break;
-#undef PRODUCT_STORAGE
-#define PRODUCT_STORAGE NIBBLES
-                case NIBBLES: ROW_COUNTS(PRODUCT) break;
-#undef PRODUCT_STORAGE
-#define PRODUCT_STORAGE FLOAT32
-                default: ROW_COUNTS(PRODUCT) break;
-            }
         }
+    }
 }
 
 /* The largest |q| of a quantised activation such that what is summed in int32, k products with weights of at most 127

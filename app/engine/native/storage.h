@@ -8,8 +8,7 @@
  * A panel, of 16 columns:
  *   FLOAT32   float [k][16]
  *   BFLOAT16  uint16_t [k][16], the upper half of the float
- *   BYTES     per group of 32 inputs: float16 scale[16], minimum[16]; int8_t code[inputs][16]
- *   NIBBLES   the same, but uint8_t code[inputs / 2][16], an even input in the lower half
+ *   BLOCKS    per group of 32 inputs: float16 scale[16], minimum[16]; int8_t code[inputs][16]
  *   INT8      int8_t [k / 2][16][2], of `quantization=int8`, which loses what it loses
  */
 #pragma once
@@ -17,16 +16,11 @@
 
 enum { GROUP = 32, AFFINE_BYTES = 2 * PANEL * sizeof(uint16_t) };
 
-INLINE size_t group_bytes(Storage storage, size_t inputs) {
-    return AFFINE_BYTES + PANEL * (storage == BYTES ? inputs : (inputs + 1) / 2);
-}
-
 INLINE size_t panel_bytes(Storage storage, size_t k) {
     switch (storage) {
+        case BLOCKS: return (k + GROUP - 1) / GROUP * AFFINE_BYTES + k * PANEL;
         case BFLOAT16: return k * PANEL * sizeof(uint16_t);
         case INT8: return (k + 1) / 2 * 2 * PANEL;
-        case BYTES: case NIBBLES:
-            return k / GROUP * group_bytes(storage, GROUP) + (k % GROUP ? group_bytes(storage, k % GROUP) : 0);
         default: return k * PANEL * sizeof(float);
     }
 }
@@ -49,15 +43,9 @@ INLINE Affine load_affine(const char *w, int half) {
     return (Affine){_mm256_cvtph_ps(_mm_loadu_si128(both + half)), _mm256_cvtph_ps(_mm_loadu_si128(both + 2 + half))};
 }
 
-INLINE __m256i load_bytes(const char *w, int half) {
+INLINE __m256i load_codes(const char *w, int half) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8 * half)));
 }
-
-INLINE __m256i load_nibbles(const char *w, int half) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8 * half)));
-}
-INLINE __m256i low_nibble(__m256i pair) { return _mm256_and_si256(pair, _mm256_set1_epi32(15)); }
-INLINE __m256i high_nibble(__m256i pair) { return _mm256_srli_epi32(pair, 4); }
 
 /* The product is exact (8 bits times 11), the sum rounds once: what a multiplication and an addition give too. */
 INLINE __m256 weights(__m256i codes, Affine a) {
@@ -73,37 +61,38 @@ typedef struct {
     uint16_t scale, minimum; /* float16 */
 } Fit;
 
-static bool fits(Fit *f, float scale, float minimum, int lowest, int highest) {
+static bool fits(Fit *f, float scale, float minimum) {
     f->scale = _cvtss_sh(scale, _MM_FROUND_TO_NEAREST_INT);
     f->minimum = _cvtss_sh(minimum, _MM_FROUND_TO_NEAREST_INT);
-    const Affine a = {_mm256_set1_ps(_cvtsh_ss(f->scale)), _mm256_set1_ps(_cvtsh_ss(f->minimum))};
     scale = _cvtsh_ss(f->scale);
+    const Affine a = {_mm256_set1_ps(scale), _mm256_set1_ps(_cvtsh_ss(f->minimum))};
     const __m256 inverse = _mm256_set1_ps(scale == 0 ? 0 : 1 / scale);
     int same = -1;
     for (int i = 0; i < GROUP; i += 8) {
         __m256 w = _mm256_loadu_ps(f->w + i);
         __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(w, a.minimum), inverse));
-        code = _mm256_max_epi32(_mm256_set1_epi32(lowest), _mm256_min_epi32(_mm256_set1_epi32(highest), code));
+        code = _mm256_max_epi32(_mm256_set1_epi32(-128), _mm256_min_epi32(_mm256_set1_epi32(127), code));
         _mm256_storeu_si256((__m256i *)(f->code + i), code);
         same &= _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_castps_si256(weights(code, a)), _mm256_castps_si256(w)));
     }
     return same == -1;
 }
 
-/* Guesses what made a group, the likely first. A minimum of -0 changes no product, and with a scale of the right sign
- * a code of 0 gives the right one of the two zeros. */
-static bool fit(Fit *f, Storage storage) {
-    static const int magnitudes[] = {127, 128, 8, 16, 7, 15}, ranges[] = {15, 14, 13, 12, 11, 10, 9, 8, 7, 31, 16};
+/* Guesses how a group was quantised, the likely ways first. A minimum of -0 changes no product, and with a scale of the
+ * right sign a code of 0 gives the right one of the two zeros. */
+static bool fit(Fit *f) {
+    static const float ranges[] = {15, 14, 13, 12, 11, 10, 9, 8, 7, 16, 31}, magnitudes[] = {127, 128, 8, 16, 7, 15};
     float low = f->w[0], high = f->w[0];
     for (int i = 1; i < GROUP; i++) {
         low = f->w[i] < low ? f->w[i] : low;
         high = f->w[i] > high ? f->w[i] : high;
     }
-    float top = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
-    for (size_t i = 0; storage == BYTES && i < sizeof magnitudes / sizeof *magnitudes; i++)
-        if (fits(f, top / magnitudes[i], -0.0f, -128, 127) || fits(f, -top / magnitudes[i], -0.0f, -128, 127)) return true;
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (fits(f, (high - low) / ranges[i], low, 0, storage == BYTES ? 127 : 15)) return true;
+    const float top = fabsf(low) > fabsf(high) ? fabsf(low) : fabsf(high);
+    if (fits(f, (high - low) / ranges[0], low)) return true;
+    for (size_t i = 0; i < sizeof magnitudes / sizeof *magnitudes; i++)
+        if (fits(f, top / magnitudes[i], -0.0f) || fits(f, -top / magnitudes[i], -0.0f)) return true;
+    for (size_t i = 1; i < sizeof ranges / sizeof *ranges; i++)
+        if (fits(f, (high - low) / ranges[i], low)) return true;
     return false;
 }
 
@@ -114,25 +103,22 @@ static bool pack_exactly(Storage storage, const float *w, size_t k, size_t colum
         return true;
     }
     if (storage == BFLOAT16) {
-        uint32_t lost = 0;
+        uint32_t bits, lost = 0;
         for (size_t i = 0; i < k; i++) {
-            uint32_t bits;
             memcpy(&bits, w + i, sizeof bits);
             ((uint16_t *)panel)[i * PANEL + column] = (uint16_t)(bits >> 16);
             lost |= bits & 0xffff;
         }
         return lost == 0;
     }
-    for (size_t from = 0; from < k; from += GROUP, panel += group_bytes(storage, GROUP)) {
+    for (size_t from = 0; from < k; from += GROUP, panel += AFFINE_BYTES + GROUP * PANEL) {
         const size_t count = k - from < GROUP ? k - from : GROUP;
         Fit f;
         for (size_t i = 0; i < GROUP; i++) f.w[i] = w[from + (i < count ? i : count - 1)];
-        if (!fit(&f, storage)) return false;
+        if (!fit(&f)) return false;
         ((uint16_t *)panel)[column] = f.scale;
         ((uint16_t *)panel)[PANEL + column] = f.minimum;
-        for (size_t i = 0; i < count; i++)
-            if (storage == BYTES) panel[AFFINE_BYTES + i * PANEL + column] = (char)f.code[i];
-            else panel[AFFINE_BYTES + i / 2 * PANEL + column] |= (char)(f.code[i] << i % 2 * 4);
+        for (size_t i = 0; i < count; i++) panel[AFFINE_BYTES + i * PANEL + column] = (char)f.code[i];
     }
     return true;
 }
