@@ -108,7 +108,8 @@ static void run_chunk(Decoder *d, const int phase, const int chunk, const int th
             product(d, &l->o, d->attended, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to, expanded);
             break;
         case GATE_UP:
-            product(d, &l->gate_up, d->normed, rows, (Target){GATE, d->gated, pad16(m->intermediate), 0}, from, to, expanded);
+            product(d, &l->gate_up, d->normed, rows, (Target){GATE, d->gated, pad16(m->intermediate), 0}, from, to,
+                    expanded);
             break;
         case DOWN:
             product(d, &l->down, d->gated, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to, expanded);
