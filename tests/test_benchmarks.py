@@ -16,13 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import driver, http_client, report, summary
 from benchmarks.driver import Options, Point, Process, WorkerDied, schedule, warm_up
-from benchmarks.systems.ours import weight_bytes
 from benchmarks.workload import LABEL_TOKENS, Spec, Workload
-from tests.tiny import tiny_model
 
 
 def run(system: str, rows: int, repeat: int, seconds: float, **more: Any) -> dict[str, Any]:
@@ -196,19 +193,6 @@ def test_measure_goes_on_without_the_dead(options: Options) -> None:
     found = driver.measure(["a"], points, 1, options)
     assert [entry["new"] for entry in found["runs"]] == [4]
     assert len(found["failures"]) == 1 and "a at new=13" in found["failures"][0]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weight_bytes(tied: bool) -> None:
-    model: Any = tiny_model("llama")
-    table = model.get_input_embeddings().weight
-    if tied:
-        model.lm_head.weight = table
-    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    row = 4 * table.shape[1]
-    assert weight_bytes(model, quantized=False) == 4 * (matrices + norms) + (0 if tied else row)
-    assert weight_bytes(model, quantized=True) == matrices + 4 * norms + row
 
 
 def test_llama_cpp_measures_in_the_context_of_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

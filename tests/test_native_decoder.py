@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3
 from app.engine.forward import Span
 from app.engine.kv_cache import KVCache
 from app.engine.native import build
+from app.engine.native import panels as native_panels
 from app.engine.native.build import NativeUnavailable
 from app.engine.native.decoder import NativeDecoder
+from app.engine.native.panels import Packer, Storage
 from app.engine.weights import decoder_weights
 from tests.tiny import MAX_MODEL_LEN, tiny_info, tiny_model
 
@@ -353,6 +355,177 @@ def test_int8_sums_fit_at_the_extremes(inputs: int, kernel_dir: Path) -> None:
     native = Native(model, kernel_dir, "int8")
     reference = expected(dequantized(model), [1, 2, 3]).logits[0].float()
     torch.testing.assert_close(native.alone([1, 2, 3]), reference, atol=1e-3, rtol=0)
+
+
+# ---- float32 weights in fewer bytes ----
+
+# Two panels at once, and one that is left over: 63 of them, in chunks of 7 or 3. 72 and 300 inputs: 32s and a rest.
+WIDE = LlamaConfig(
+    **COMMON
+    | {"hidden_size": 72, "intermediate_size": 300, "vocab_size": 1000, "num_hidden_layers": 2, "head_dim": 24}
+    | {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    tie_word_embeddings=False,
+)
+HELD = {Storage.BLOCKS: "8-bit blocks", Storage.BFLOAT16: "bfloat16", Storage.FLOAT32: "float32"}
+
+
+def in_blocks(matrix: torch.Tensor, levels: int = 15) -> torch.Tensor:
+    """What GGUF leaves of it, per 32 inputs: code * scale + minimum (Q4_1), or with 127 levels code * scale (Q8_0)."""
+    groups = []
+    for group in matrix.split(32, dim=1):
+        low, high = group.aminmax(dim=1, keepdim=True)
+        if levels == 127:
+            low, high = torch.zeros_like(low), torch.maximum(high, -low)
+        scale = ((high - low) / levels).half().float()
+        codes = ((group - low) / scale).round().clamp(-levels if levels == 127 else 0, levels)
+        groups.append(codes * scale + low.half().float())
+    return torch.cat(groups, dim=1)
+
+
+def rounded(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.bfloat16().float()
+
+
+def held_in_less(name: str, how: str) -> tuple[Any, set[Storage]]:
+    """A model of such weights, and how they will be held. Mixed: attention, MLP and head differ."""
+    model = model_of(name) if name != "wide" else AutoModelForCausalLM.from_config(WIDE, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = how if how != "mixed" else "blocks" if "attn" in path else "bfloat16" if "mlp" in path else "float32"
+            if kind == "blocks":
+                module.weight.copy_(in_blocks(module.weight, 127 if "lm_head" in path or "down" in path else 15))
+            elif kind == "bfloat16":
+                module.weight.copy_(rounded(module.weight))
+    return model, set(HELD) if how == "mixed" else {Storage[how.upper()]}
+
+
+@pytest.mark.parametrize("how", ["blocks", "bfloat16", "float32", "mixed"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "odd", "wide"])
+def test_weights_held_in_fewer_bytes_give_the_same_bits(
+    name: str, how: str, kernel_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, storages = held_in_less(name, how)
+    decoders = [Native(model, kernel_dir, None, num_threads) for num_threads in (1, 2, 3)]
+    monkeypatch.setattr(native_panels, "EXACT", (Storage.FLOAT32,))
+    plain = Native(model, kernel_dir)
+    assert plain.decoder.describe == "native Llama-family decoder in float32, threads: 1"
+    names = [name for storage, name in HELD.items() if storage in storages]
+    held = "" if names == ["float32"] else f" (weights held in {' and '.join(names)}, exact)"
+    assert decoders[1].decoder.describe == f"native Llama-family decoder in float32{held}, threads: 2"
+    row = 4 * model.config.hidden_size
+    share = {"blocks": (9 / 32, 0.36), "bfloat16": (0.5, 0.5), "float32": (1, 1), "mixed": (0.35, 0.9)}[how]
+    sizes = [native.decoder.weight_bytes - row for native in (decoders[0], plain)]
+    assert share[0] <= sizes[0] / sizes[1] <= share[1] + 0.01
+    rng = random.Random(11)
+    for count in (1, 1, 2, 3, 4, 5, 6, 7, 13, 20):
+        lengths = [rng.choice([1, 1, 1, 4]) for _ in range(count)] if count > 1 else [1]
+        texts = [tokens(rng, length) for length in lengths]
+        tables = [plain.table(length) for length in lengths]
+        spans = [Span(t, 0, len(text), text, len(text)) for t, text in zip(tables, texts, strict=True)]
+        reference = plain.decoder(spans)
+        assert torch.isfinite(reference).all()
+        for native in decoders:
+            assert torch.equal(native.decoder(spans), reference)
+        plain._free += [block for table in tables for block in table]
+
+
+def held(kernel_dir: Path, matrix: torch.Tensor) -> Storage:
+    """How a matrix is held; that every bit of it is, and zeros behind it, by another reading of the format."""
+    kernel = Native(tiny_model("llama"), kernel_dir).decoder._kernel
+    packed = Packer(kernel, [(len(matrix), matrix.shape[1])], quantized=False).stack([matrix], [None])
+    count, parts = matrix.shape[1], []
+    size, panels = kernel.softprompt_panel_bytes(packed.storage, count), len(packed.bias) // 16
+    for panel in packed.weights[: size * panels].split(size):
+        if packed.storage is Storage.FLOAT32:
+            parts.append(panel.view(torch.float32).view(count, 16))
+        elif packed.storage is Storage.BFLOAT16:
+            parts.append((panel.view(torch.int16).view(count, 16).int() << 16).view(torch.float32))
+        else:
+            groups = []
+            for group in panel.split(64 + 32 * 16):
+                scale, minimum = group[:64].view(torch.float16).float().view(2, 16)
+                groups.append(group[64:].view(torch.int8).view(-1, 16).float() * scale + minimum)
+            parts.append(torch.cat(groups))
+    found = torch.cat(parts, dim=1).T.contiguous().view(torch.int32)
+    assert torch.equal(found[: len(matrix)], matrix.view(torch.int32)) and not found[len(matrix) :].any()
+    return packed.storage
+
+
+def random_matrix(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(12)) / 8
+
+
+def some(value: float, matrix: torch.Tensor, where: tuple[int, int] = (3, 40)) -> torch.Tensor:
+    matrix = matrix.clone()
+    matrix[where] = value
+    return matrix
+
+
+SHAPES = [(16, 32), (32, 64), (21, 100), (5, 31), (48, 33), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_how_weights_are_held(shape: tuple[int, int], kernel_dir: Path) -> None:
+    matrix = random_matrix(*shape)
+    for levels in (15, 127, 31):
+        assert held(kernel_dir, in_blocks(matrix, levels)) is Storage.BLOCKS
+    # Few bits on a grid of its own: some groups may be blocks of another kind, too.
+    assert held(kernel_dir, rounded(matrix)) in ((Storage.BFLOAT16,) if min(shape) > 1 else (Storage.BLOCKS,))
+    if min(shape) > 1:
+        assert held(kernel_dir, matrix) is Storage.FLOAT32
+
+
+@pytest.mark.parametrize("where", [(0, 0), (3, 31), (3, 32), (20, 99), (20, 95), (20, 96)])
+@pytest.mark.parametrize("make", [in_blocks, rounded])
+def test_one_weight_that_does_not_fit_is_enough(make: Any, where: tuple[int, int], kernel_dir: Path) -> None:
+    """It is off in its last bit."""
+    matrix = make(random_matrix(21, 100))
+    matrix.view(torch.int32)[where] ^= 1
+    assert held(kernel_dir, matrix) is Storage.FLOAT32
+
+
+def test_unusual_weights_keep_their_bits(kernel_dir: Path) -> None:
+    blocks, halves = in_blocks(random_matrix(21, 100)), rounded(random_matrix(21, 100))
+    grid = in_blocks(random_matrix(21, 100), 127)
+    grid[grid == 0] = -0.0  # as Q4_0 has them, where a scale is negative
+    assert torch.signbit(grid[grid == 0]).any() and held(kernel_dir, grid) is Storage.BLOCKS
+    for zero in (0.0, -0.0):
+        assert held(kernel_dir, torch.full((21, 100), zero)) is Storage.BLOCKS
+    both = some(0.0, some(-0.0, torch.zeros(21, 100)), (3, 41))
+    assert held(kernel_dir, both) is Storage.BFLOAT16
+    assert held(kernel_dir, torch.full((21, 100), 0.375)) is Storage.BLOCKS
+    assert held(kernel_dir, some(-0.0, blocks)) is Storage.FLOAT32
+    for value in (-0.0, torch.inf, -torch.inf, torch.nan, 2.0**-130, 2.0**100, -(2.0**-60)):
+        assert held(kernel_dir, some(value, halves)) is Storage.BFLOAT16
+        assert held(kernel_dir, some(value, random_matrix(21, 100))) is Storage.FLOAT32
+    # Scales that float16 does not have: too small, too large. What it has with fewer bits is exact, too.
+    for factor in (2.0**-30, 2.0**30):
+        assert held(kernel_dir, blocks * factor) is Storage.FLOAT32
+    for scale in (2.0**-24, 3 * 2.0**-24, 2047 * 2.0**-20, 65504.0):
+        codes = torch.randint(-127, 128, (21, 100), generator=torch.Generator().manual_seed(13))
+        codes[:, ::32] = 127
+        assert held(kernel_dir, codes * scale) is Storage.BLOCKS
+
+
+def test_tiny_scales_and_odd_weights_compute_alike(kernel_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 has subnormals where the kernel flushes those of float; an infinite weight makes NaN, as ever."""
+    model, _ = held_in_less("wide", "blocks")
+    layers = model.model.layers
+    codes = torch.randint(-127, 128, (72, 300), generator=torch.Generator().manual_seed(13))
+    codes[:, ::32] = 127
+    layers[0].mlp.down_proj.weight.copy_(codes * 3 * 2.0**-24)
+    layers[1].self_attn.o_proj.weight.copy_(some(-0.0, rounded(layers[1].self_attn.o_proj.weight)))
+    layers[1].mlp.up_proj.weight.copy_(rounded(rounded(layers[1].mlp.up_proj.weight) * 2.0**-125))
+    layers[1].mlp.gate_proj.weight.copy_(rounded(layers[1].mlp.gate_proj.weight))
+    model.lm_head.weight.copy_(some(torch.inf, rounded(model.lm_head.weight)))
+    native = Native(model, kernel_dir)
+    monkeypatch.setattr(native_panels, "EXACT", (Storage.FLOAT32,))
+    plain = Native(model, kernel_dir)
+    assert native.decoder._storages == {Storage.BLOCKS, Storage.BFLOAT16}
+    for text in ([5], [5, 6, 7], list(range(20))):
+        bits = [decoder.alone(text).view(torch.int32) for decoder in (native, plain)]
+        assert torch.equal(*bits)
 
 
 # ---- What it refuses ----

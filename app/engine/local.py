@@ -122,6 +122,11 @@ class LocalEngine:
         return self._forward.describe
 
     @property
+    def weight_bytes(self) -> int | None:
+        """How many a step of one row reads; None where that is not known."""
+        return self._forward.weight_bytes if isinstance(self._forward, NativeDecoder) else None
+
+    @property
     def _blocks(self) -> BlockManager:
         return self._core.blocks
 

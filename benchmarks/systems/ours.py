@@ -19,20 +19,6 @@ from benchmarks.systems.worker import Trace, Worker, serve
 from benchmarks.workload import Spec, Workload
 
 
-def weight_bytes(model: Any, *, quantized: bool) -> int:
-    """Bytes of weights that a decode step of one row reads: all parameters, of an embedding that is not tied one row.
-
-    Quantized, matrices have a byte an entry; the embedding table itself stays in float32 and gives one row.
-    """
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    parameters = [p for p in model.parameters() if p is not embedding or tied]  # a tied one comes up once
-    matrices = sum(p.numel() for p in parameters if p.dim() > 1)
-    others = sum(p.numel() for p in parameters if p.dim() <= 1)
-    row = 0 if tied and not quantized else 4 * embedding.shape[1]
-    return (1 if quantized else 4) * matrices + 4 * others + row
-
-
 class Ours(Worker):
     works = ("generate", "score", "prefills")
 
@@ -49,13 +35,12 @@ class Ours(Worker):
         base = load_base_model(settings.model, cache_dir=settings.cache_dir, device="cpu", dtype="float32")
         self._engine = local_engine(settings, base)
         self._engine.start()
-        self._weight_bytes = weight_bytes(base.model, quantized=arguments.quantization is not None)
         self._prompts: dict[tuple[int, int, int], SoftPrompt] = {}
 
     def ready(self) -> dict[str, Any]:
         return {
             "torch": torch.__version__,
-            "weight_bytes": self._weight_bytes,
+            "weight_bytes": self._engine.weight_bytes,
             "kv_blocks": self._engine.stats().kv_blocks_total,
             "backend": self._engine.backend,
         }

@@ -21,9 +21,10 @@ import tempfile
 from pathlib import Path
 
 # The first includes the others.
-SOURCES = ("kernel.c", "pool.h", "phases.h", "attention.h", "products.h", "vector.h", "decoder.h")
+SOURCES = ("kernel.c", "pool.h", "phases.h", "attention.h", "products.h", "storage.h", "vector.h", "decoder.h")
 FLAGS = (
-    *("-std=c11", "-D_GNU_SOURCE", "-O3", "-mavx2", "-mfma", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-std=c11", "-D_GNU_SOURCE", "-O3", "-mavx2", "-mfma", "-mf16c", "-shared", "-fPIC", "-pthread"),
+    "-fvisibility=hidden",
     # NOTE: the kernel promises the same bits for a row whatever surrounds it: which products are fused with a sum
     # must not depend on how a loop was unrolled.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -107,7 +108,7 @@ def _require_cpu() -> None:
     except OSError as error:
         raise NativeUnavailable(f"the CPU's features cannot be read: {error}") from error
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    missing = [name for name in ("avx2", "fma") if name not in flags]
+    missing = [name for name in ("avx2", "fma", "f16c") if name not in flags]
     if missing:
         raise NativeUnavailable(f"the CPU has no {' and no '.join(missing)}")
 

@@ -29,11 +29,15 @@ enum { OK, NO_MEMORY, BAD_TOKEN, BAD_BLOCK, BAD_POSITION };
 
 /* ---- What Python hands over: decoder.py mirrors these ---- */
 
+/* How the weights of a matrix are held. All but INT8 hold float32 weights, bit for bit: see storage.h. */
+typedef enum { FLOAT32, INT8, BFLOAT16, BLOCKS } Storage;
+
 typedef struct {
-    const void *panels; /* float [n / 16][k][16], or int8_t [n / 16][(k + 1) / 2][16][2]; padded with zeros */
-    const float *scale; /* [n] of the int8 weights */
+    const void *panels; /* [n / 16] of `panel_bytes`, padded with zeros */
+    const float *scale; /* [n] of INT8 */
     const float *bias;  /* [n], zeros where the model has none */
     int32_t n, k;       /* n is a multiple of 16 */
+    int32_t storage;
 } Matrix;
 
 typedef struct {
@@ -99,8 +103,9 @@ struct Decoder {
     float *x, *normed, *qkv, *attended, *gated;
     int16_t *quantized;
     float *row_scale;
-    float *scores; /* [threads][score_rows][score_stride] */
-    size_t row_capacity, score_stride;
+    float *scores;   /* [threads][score_rows][score_stride] */
+    float *expanded; /* [threads][expanded_stride]: a panel in float */
+    size_t row_capacity, score_stride, expanded_stride;
 
     /* The open phase, its number of chunks and the next one to take, in one word: see `ticket_of`. */
     _Alignas(64) _Atomic uint64_t ticket;

@@ -18,7 +18,7 @@ import torch
 from app.engine.forward import Span
 from app.engine.kv_cache import KVCache
 from app.engine.native.build import NativeUnavailable, load_kernel
-from app.engine.native.panels import Packer, Panels, gated_outputs, packed_bytes, pad_vector
+from app.engine.native.panels import Packer, Panels, Storage, gated_outputs, pad_vector
 from app.engine.weights import DecoderWeights, LayerWeights, wrong_shapes
 
 
@@ -29,6 +29,7 @@ class _Matrix(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int32),
         ("k", ctypes.c_int32),
+        ("storage", ctypes.c_int32),
     ]
 
 
@@ -50,6 +51,9 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_blocks", "block_size", "quantized")),
         *((name, ctypes.c_float) for name in ("eps", "attention_scale")),
     ]
+
+
+_COMPACT = {Storage.BLOCKS: "8-bit blocks", Storage.BFLOAT16: "bfloat16"}
 
 
 class NativeDecoder:
@@ -79,6 +83,8 @@ class NativeDecoder:
         self._quantized = quantization == "int8"
         self._num_threads = num_threads
         self._vocab_size, self._hidden_size = weights.lm_head.shape
+        self._storages: set[Storage] = set()
+        self.weight_bytes: int  # that a step of one row reads: of matrices, and one row of the embedding
         self._kept: list[Any] = [weights, cache]  # what the kernel points to
         model = self._model(weights, cache)
         handle = self._kernel.softprompt_create(ctypes.byref(model), num_threads)
@@ -92,9 +98,11 @@ class NativeDecoder:
     @property
     def describe(self) -> str:
         """See `Forward`."""
-        return (
-            f"native Llama-family decoder in {'int8' if self._quantized else 'float32'}, threads: {self._num_threads}"
-        )
+        kind = "int8" if self._quantized else "float32"
+        if names := [name for storage, name in _COMPACT.items() if storage in self._storages]:
+            names += ["float32"] * (Storage.FLOAT32 in self._storages)
+            kind += f" (weights held in {' and '.join(names)}, exact)"
+        return f"native Llama-family decoder in {kind}, threads: {self._num_threads}"
 
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
         """See `Forward`. Raises ValueError, before anything is written, for what no row may name; RuntimeError when
@@ -135,11 +143,11 @@ class NativeDecoder:
         return logits
 
     def _model(self, weights: DecoderWeights, cache: KVCache) -> _Model:
-        num_bytes = sum(packed_bytes(*shape, quantized=self._quantized) for shape in _matrix_shapes(weights))
-        packer = Packer(self._kernel, num_bytes, quantized=self._quantized)
+        packer = Packer(self._kernel, _matrix_shapes(weights), quantized=self._quantized)
         layers = (_Layer * len(weights.layers))(*(self._layer(layer, packer) for layer in weights.layers))
         self._kept.append(layers)
         head = packer.stack([weights.lm_head], [weights.lm_head_bias])
+        self.weight_bytes = packer.used + weights.embedding[0].nbytes
         return _Model(
             layers=layers,
             head=self._matrix(head),
@@ -179,12 +187,14 @@ class NativeDecoder:
         )
 
     def _matrix(self, panels: Panels) -> _Matrix:
+        self._storages.add(panels.storage)
         return _Matrix(
             panels=self._pointer(panels.weights),
             scale=self._pointer(panels.scale),
             bias=self._pointer(panels.bias),
             n=len(panels.bias),
             k=panels.num_inputs,
+            storage=panels.storage,
         )
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
@@ -239,7 +249,9 @@ def _declare(kernel: ctypes.CDLL) -> ctypes.CDLL:
     kernel.softprompt_destroy.argtypes = [pointer]
     kernel.softprompt_destroy.restype = None
     kernel.softprompt_pack.argtypes = [pointer, *[ctypes.c_int64] * 4, ctypes.c_int32, pointer, pointer]
-    kernel.softprompt_pack.restype = None
+    kernel.softprompt_pack.restype = ctypes.c_bool
+    kernel.softprompt_panel_bytes.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    kernel.softprompt_panel_bytes.restype = ctypes.c_size_t
     kernel.softprompt_use_large_pages.argtypes = [pointer, ctypes.c_size_t]
     kernel.softprompt_use_large_pages.restype = None
     return kernel

@@ -114,7 +114,7 @@ EXPORT void softprompt_destroy(Decoder *d) {
     if (!d) return;
     stop_workers(d);
     void *owned[] = {d->x, d->normed, d->qkv, d->attended, d->gated, d->quantized, d->row_scale, d->scores,
-                     d->row_span, d->row_position, d->logit_row, d->blocks, d->last_blocks, d->workers, d};
+                     d->expanded, d->row_span, d->row_position, d->logit_row, d->blocks, d->last_blocks, d->workers, d};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
@@ -126,7 +126,10 @@ EXPORT Decoder *softprompt_create(const Model *model, int num_threads) {
     d->model = *model;
     d->num_phases = 1 + model->num_layers * KINDS_PER_LAYER + 2;
     d->num_threads = num_threads;
-    if (start_workers(d) && d->num_phases < MAX_PHASES) return d;
+    const Layer *l = model->layers;
+    d->expanded_stride = PANEL * pad16(max_int(model->hidden, max_int(l->o.k, model->intermediate)));
+    bool ok = grow(&d->expanded, num_threads * d->expanded_stride * sizeof(float));
+    if (start_workers(d) && ok && d->num_phases < MAX_PHASES) return d;
     softprompt_destroy(d);
     return NULL;
 }

@@ -99,21 +99,23 @@ static void run_chunk(Decoder *d, const int phase, const int chunk, const int th
     int per_chunk, units = phase_units(d, phase, &per_chunk), rows = phase_rows(d, phase);
     const int from = chunk * per_chunk, to = min_int(from + per_chunk, units);
     const size_t hidden = pad16(m->hidden);
+    float *expanded = d->expanded + thread * d->expanded_stride;
     switch (kind) {
         case QKV:
-            product(d, &l->qkv, d->normed, rows, (Target){STORE, d->qkv, l->qkv.n, l->qkv.n}, from, to);
+            product(d, &l->qkv, d->normed, rows, (Target){STORE, d->qkv, l->qkv.n, l->qkv.n}, from, to, expanded);
             break;
         case O:
-            product(d, &l->o, d->attended, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to);
+            product(d, &l->o, d->attended, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to, expanded);
             break;
         case GATE_UP:
-            product(d, &l->gate_up, d->normed, rows, (Target){GATE, d->gated, pad16(m->intermediate), 0}, from, to);
+            product(d, &l->gate_up, d->normed, rows, (Target){GATE, d->gated, pad16(m->intermediate), 0}, from, to,
+                    expanded);
             break;
         case DOWN:
-            product(d, &l->down, d->gated, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to);
+            product(d, &l->down, d->gated, rows, (Target){ADD, d->x, hidden, m->hidden}, from, to, expanded);
             break;
         case HEAD:
-            product(d, &m->head, d->normed, rows, (Target){STORE, d->logits, m->vocab, m->vocab}, from, to);
+            product(d, &m->head, d->normed, rows, (Target){STORE, d->logits, m->vocab, m->vocab}, from, to, expanded);
             break;
         case ATTEND: {
             const QueryBlock *blocks = rows == d->num_rows ? d->blocks : d->last_blocks;

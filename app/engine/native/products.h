@@ -1,6 +1,6 @@
 /* Products with packed matrices, in float and in int8, and how matrices are packed. */
 #pragma once
-#include "vector.h"
+#include "storage.h"
 
 typedef enum { STORE, ADD, GATE } Epilogue;
 
@@ -38,6 +38,8 @@ typedef struct {
     size_t advance;
 } Ahead;
 
+enum { NEAR = 2048 }; /* bytes between what is asked for and what is used, of floats */
+
 INLINE void ask(Ahead *ahead) {
     _mm_prefetch(ahead->next, _MM_HINT_T0);
     ahead->next += ahead->advance;
@@ -45,35 +47,75 @@ INLINE void ask(Ahead *ahead) {
 
 /* One pass over a panel, `step` bytes in a turn, asks for what comes `near` behind it. Several passes ask for a share
  * of the next panel each, so that memory is as busy while the panel is used again as it was in the first pass. */
-INLINE Ahead ahead_of(const Matrix *m, size_t panel, size_t panel_bytes, size_t step, size_t near, int pass,
-                      int passes) {
-    const char *here = (const char *)m->panels + panel * panel_bytes;
-    if (passes == 1) return (Ahead){here + near, step};
-    return (Ahead){here + panel_bytes + panel_bytes / passes * pass, step / passes};
+INLINE Ahead ahead_of(const char *panel, size_t panel_bytes, size_t step, size_t near, int pass, int passes) {
+    if (passes == 1) return (Ahead){panel + near, step};
+    return (Ahead){panel + panel_bytes + panel_bytes / passes * pass, step / passes};
 }
 
-/* Rows from `a` times one panel. */
-INLINE void product_f32(const int rows, const float *a, size_t lda, const Matrix *m, size_t panel, const Target *t,
-                        float *out, Ahead ahead) {
-    const float *w = (const float *)m->panels + panel * PANEL * (size_t)m->k;
-    __m256 acc[MAX_ROWS][2];
+/* What input `k` adds to the sums: its weights are w[halves], 8 columns each. */
+INLINE void add_input(const int rows, const int halves, __m256 acc[][4], const float *a, size_t lda, size_t k,
+                      const __m256 *w, float *keep) {
+    if (keep)
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; h++) _mm256_store_ps(keep + k * PANEL + 8 * h, w[h]);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
-    for (size_t k = 0, end = (size_t)m->k; k < end; k++, w += PANEL) {
-        __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8);
+    for (int r = 0; r < rows; r++) {
+        __m256 x = _mm256_broadcast_ss(a + r * lda + k);
+#pragma GCC unroll 4
+        for (int h = 0; h < halves; h++) acc[r][h] = _mm256_fmadd_ps(x, w[h], acc[r][h]);
+    }
+}
+
+/* Rows from `a` times the panel at `w`; or one row times two panels, whose four sums wait less for the FMA before.
+ * `ahead` is for float panels; the other storages ask for a group at a time. `keep`: where the weights are wanted in
+ * float, too, for the blocks of rows that follow. */
+INLINE void product_f32(const int rows, const int panels, const Storage storage, const float *a, size_t lda,
+                        const Matrix *m, const char *w, size_t panel, const Target *t, float *out, Ahead ahead,
+                        float *keep) {
+    const int halves = 2 * panels;
+    const size_t end = (size_t)m->k, size = panel_bytes(storage, end);
+    const char *const next_panel = w + size;
+    __m256 acc[MAX_ROWS][4], now[4];
+#define EACH_HALF _Pragma("GCC unroll 4") for (int h = 0; h < halves; h++)
+#define AT(h) w + (h) / 2 * size, (h) % 2
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) EACH_HALF acc[r][h] = _mm256_setzero_ps();
+    for (size_t k = 0; storage == FLOAT32 && k < end; k++, w += PANEL * sizeof(float)) {
         ask(&ahead);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m256 x = _mm256_broadcast_ss(a + r * lda + k);
-            acc[r][0] = _mm256_fmadd_ps(x, w0, acc[r][0]);
-            acc[r][1] = _mm256_fmadd_ps(x, w1, acc[r][1]);
+        EACH_HALF now[h] = load_float(AT(h));
+        add_input(rows, halves, acc, a, lda, k, now, NULL);
+    }
+    for (size_t k = 0; storage != FLOAT32 && k < end;) {
+        const size_t stop = k + GROUP < end ? k + GROUP : end;
+        const char *next = w + NEAR;
+        if (panels == 2 && next >= next_panel) next += size;
+        for (size_t line = 0; line < panel_bytes(storage, GROUP); line += 64)
+            for (int p = 0; p < panels; p++) _mm_prefetch(next + p * size + line, _MM_HINT_T0);
+        if (storage == BFLOAT16) {
+            for (; k < stop; k++, w += PANEL * sizeof(uint16_t)) {
+                EACH_HALF now[h] = load_bfloat16(AT(h));
+                add_input(rows, halves, acc, a, lda, k, now, keep);
+            }
+            continue;
+        }
+        Affine affine[4];
+        EACH_HALF affine[h] = load_affine(AT(h));
+        w += AFFINE_BYTES;
+        for (; k < stop; k++, w += PANEL) {
+            EACH_HALF now[h] = weights(load_codes(AT(h)), affine[h]);
+            add_input(rows, halves, acc, a, lda, k, now, keep);
         }
     }
-    const float *bias = m->bias + panel * PANEL;
-    __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
+#undef AT
+#undef EACH_HALF
+    for (int p = 0; p < panels; p++) {
+        const float *bias = m->bias + (panel + p) * PANEL;
+        __m256 b0 = _mm256_loadu_ps(bias), b1 = _mm256_loadu_ps(bias + 8);
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-        finish(t, out + r * t->stride, panel, _mm256_add_ps(acc[r][0], b0), _mm256_add_ps(acc[r][1], b1));
+        for (int r = 0; r < rows; r++)
+            finish(t, out + r * t->stride, panel + p, _mm256_add_ps(acc[r][2 * p], b0),
+                   _mm256_add_ps(acc[r][2 * p + 1], b1));
+    }
 }
 
 /* GCC would keep a second copy of every sum in the loop, and run out of registers. */
@@ -87,9 +129,8 @@ enum { EXACT_PAIRS = 2048 };
 
 /* Sums of int16 x int8 products in int32, exact (see `activation_limit`); longer ones go on in float, upwards. */
 INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float *a_scale, const Matrix *m,
-                       size_t panel, const Target *t, float *out, Ahead ahead) {
+                       const int8_t *w, size_t panel, const Target *t, float *out, Ahead ahead) {
     size_t pairs = ((size_t)m->k + 1) / 2;
-    const int8_t *w = (const int8_t *)m->panels + panel * PANEL * 2 * pairs;
     __m256i acc[MAX_ROWS][2];
     __m256 sum[MAX_ROWS][2];
 #pragma GCC unroll 6
@@ -142,31 +183,48 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
         default: CALL(6); break; \
     }
 
-/* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. */
+/* A block of rows times one panel, or one row times two. */
+INLINE void pass_f32(const Storage storage, int rows, int panels, const float *a, size_t lda, const Matrix *m,
+                     const char *w, size_t panel, const Target *t, float *out, Ahead ahead, float *keep) {
+#define CALL(count) product_f32(count, 1, storage, a, lda, m, w, panel, t, out, ahead, keep)
+    if (panels == 1) ROW_COUNTS(CALL)
+    else product_f32(1, 2, storage, a, lda, m, w, panel, t, out, ahead, NULL);
+#undef CALL
+}
+
+/* Panels [from, to) for all rows: a panel comes from memory once, and the rows pass over it. Where it takes several
+ * passes, the first one leaves the weights in `expanded`, in float, for the others. */
 static void product(const Decoder *d, const Matrix *m, const float *in, int num_rows, Target t, size_t from,
-                    size_t to) {
-    int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (size_t panel = from; panel < to; panel++)
+                    size_t to, float *expanded) {
+    const Storage storage = m->storage;
+    const bool compact = storage == BLOCKS || storage == BFLOAT16;
+    const int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    const size_t lda = pad16(m->k), size = panel_bytes(storage, m->k);
+    for (size_t panel = from, taken; panel < to; panel += taken) {
+        taken = compact && num_rows == 1 && panel + 1 < to ? 2 : 1;
         for (int b = 0; b < blocks; b++) {
             /* Blocks of equal size: 4 + 4 rows are faster than 6 + 2. */
             size_t first = (size_t)num_rows * b / blocks;
             int rows = (int)((size_t)num_rows * (b + 1) / blocks - first);
-            float *out = t.out + first * t.stride;
-            size_t lda = pad16(m->k);
-            if (d->model.quantized) {
-                const int16_t *a = d->quantized + first * lda;
-                const Ahead ahead = ahead_of(m, panel, (size_t)(m->k + 1) / 2 * 2 * PANEL, 2 * PANEL, 1024, b, blocks);
-#define CALL(count) product_i8(count, a, lda, d->row_scale + first, m, panel, &t, out, ahead)
-                ROW_COUNTS(CALL)
+            float *out = t.out + first * t.stride, *keep = blocks > 1 ? expanded : NULL;
+            const char *w = (const char *)m->panels + panel * size;
+            const float *a = in + first * lda;
+            Ahead ahead = {w, 0};
+            if (compact && b) w = (const char *)expanded;
+            else if (!compact)
+                ahead = storage == INT8 ? ahead_of(w, size, 2 * PANEL, 1024, b, blocks)
+                                        : ahead_of(w, size, PANEL * sizeof(float), NEAR, b, blocks);
+#define CALL(count) product_i8(count, d->quantized + first * lda, lda, d->row_scale + first, m, (const int8_t *)w, \
+                               panel, &t, out, ahead)
+#define PASS(storage) pass_f32(storage, rows, (int)taken, a, lda, m, w, panel, &t, out, ahead, keep)
+            if (storage == INT8) ROW_COUNTS(CALL)
+            else if (storage == FLOAT32 || b) PASS(FLOAT32);
+            else if (storage == BFLOAT16) PASS(BFLOAT16);
+            else PASS(BLOCKS);
+#undef PASS
 #undef CALL
-            } else {
-                const float *a = in + first * lda;
-                const Ahead ahead = ahead_of(m, panel, m->k * PANEL * sizeof(float), PANEL * sizeof(float), 2048, b, blocks);
-#define CALL(count) product_f32(count, a, lda, m, panel, &t, out, ahead)
-                ROW_COUNTS(CALL)
-#undef CALL
-            }
         }
+    }
 }
 
 /* The largest |q| of a quantised activation such that what is summed in int32, k products with weights of at most 127
@@ -212,29 +270,26 @@ INLINE float largest_magnitude(const float *w, int64_t k) {
     return top;
 }
 
+static void pack_int8(const float *w, size_t k, size_t column, char *panel, float *scale) {
+    float top = largest_magnitude(w, k);
+    *scale = top / 127;
+    float inverse = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
+    for (size_t i = 0; i < k; i++)
+        panel[i / 2 * PANEL * 2 + column * 2 + i % 2] = (char)rintf(w[i] * inverse);
+}
+
+EXPORT size_t softprompt_panel_bytes(int32_t storage, int64_t k) { return panel_bytes(storage, k); }
+
 /* Rows of a matrix [rows][k] into zeroed panels: row r becomes output column first + r / 8 * step + r % 8.
- * `step` is 8, or 16 for two matrices whose columns alternate. */
-EXPORT void softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t first, int64_t step, int32_t quantized,
+ * `step` is 8, or 16 for two matrices whose columns alternate. False, and the panels are unfinished, if the storage
+ * would change a weight (INT8 may). */
+EXPORT bool softprompt_pack(const float *w, int64_t rows, int64_t k, int64_t first, int64_t step, int32_t storage,
                             void *panels, float *scale) {
-    int64_t pairs = (k + 1) / 2;
-    for (int64_t group = 0; group < rows; group += 8) {
-        int64_t column = first + group / 8 * step, count = rows - group < 8 ? rows - group : 8;
-        const float *source = w + group * k;
-        if (quantized) {
-            int8_t *target = (int8_t *)panels + (column / PANEL * pairs * PANEL + column % PANEL) * 2;
-            float inverse[8];
-            for (int64_t r = 0; r < count; r++) {
-                float top = largest_magnitude(source + r * k, k);
-                scale[column + r] = top / 127;
-                inverse[r] = top > 1e-30f ? 127 / top : 0; /* below, it would overflow */
-            }
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t r = 0; r < count; r++)
-                    target[i / 2 * PANEL * 2 + r * 2 + i % 2] = (int8_t)rintf(source[r * k + i] * inverse[r]);
-        } else {
-            float *target = (float *)panels + column / PANEL * k * PANEL + column % PANEL;
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t r = 0; r < count; r++) target[i * PANEL + r] = source[r * k + i];
-        }
+    for (int64_t r = 0; r < rows; r++, w += k) {
+        int64_t column = first + r / 8 * step + r % 8;
+        char *panel = (char *)panels + column / PANEL * panel_bytes(storage, k);
+        if (storage == INT8) pack_int8(w, k, column % PANEL, panel, &scale[column]);
+        else if (!pack_exactly(storage, w, k, column % PANEL, panel)) return false;
     }
+    return true;
 }
