@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +34,7 @@ from app.registry import Registry, Store
 log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL = 2.0  # seconds until a version that another process published is seen
+SWEEP_INTERVAL = 3600.0  # seconds between two looks for what writers that died have left
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _DESCRIPTION = """One frozen base model, many soft prompts. A request names a task by a reference: `task`,
@@ -125,10 +127,14 @@ def serve(settings: Settings) -> None:
 
 
 async def _refresh(registry: Registry) -> None:
+    swept = -math.inf
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
         try:
             await anyio.to_thread.run_sync(registry.refresh)
+            if time.monotonic() - swept >= SWEEP_INTERVAL:
+                swept = time.monotonic()
+                await anyio.to_thread.run_sync(registry.sweep)
         except Exception:
             log.exception("the registry could not be refreshed; what is in memory is served on")
 
