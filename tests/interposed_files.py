@@ -64,11 +64,10 @@ class Failing(Interposed):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failed: list[str] = []
         self.fail(0)
 
     def fail(self, number: int, *, at: int = 0, lasting: bool = False, late: bool = False) -> None:
-        self.count = 0
+        self.count, self.failed = 0, list[str]()
         self._number, self._at, self._lasting, self._late = number, at, lasting, late
 
     def around(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
