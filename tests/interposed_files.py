@@ -13,7 +13,7 @@ from app.registry.durable import FileSystem
 READS = ("read", "stat", "lstat", "names", "folders", "close")
 WRITES = ("open", "write", "fsync", "mkdir", "link", "rename", "unlink", "rmdir")
 CALLS = READS + WRITES
-COMPOSED = ("write_file", "make_folders", "make_folder", "sync_folder", "remove")
+COMPOSED = ("write_file", "make_folders", "make_folder", "sync_folder", "sync_name", "remove")
 
 
 def _interposed(name: str) -> Callable[..., Any]:

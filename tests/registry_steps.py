@@ -79,7 +79,7 @@ def check_whole(registry: Registry) -> None:
         for version in task.versions.values():
             for name in version.files:
                 registry.read_file(task.name, version.number, name)
-            registry.pin(version.reference).release()
+        registry.pin(version.reference).release()
 
 
 def retry(step: Step, registry: Registry, before: State) -> None:

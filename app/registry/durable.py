@@ -6,7 +6,7 @@ import errno
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.errors import NotReady, StorageFull
@@ -98,6 +98,8 @@ class FileSystem:
             made = self.make_folder(path)
         if made:
             self.sync_folder(path.parent)
+            # NOTE: even if it was there: whoever made it may have died before this.
+            self.sync_name(path.parent)
 
     def make_folder(self, path: Path) -> bool:
         """Make a folder, or return False if there is one; durable only after `sync_folder` of its parent."""
@@ -113,6 +115,11 @@ class FileSystem:
             self.fsync(folder)
         finally:
             self.close(folder)
+
+    def sync_name(self, path: Path) -> None:
+        """Make a folder's own name durable, unless its parent is an operator's that we may not open."""
+        with suppress(PermissionError):
+            self.sync_folder(path.parent)
 
     def remove(self, path: Path | str, folder: int | None = None, *, unless_after: float = math.inf) -> bool:
         """Remove a file, or a folder with what is in it; not durable.

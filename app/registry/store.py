@@ -178,8 +178,7 @@ class Store:
             # NOTE: also those that were there: whoever made them may have died before this.
             self._fs.sync_folder(self._task(task))
             self._fs.sync_folder(self._root)
-            with suppress(PermissionError):  # an operator's folder, which we may not even list
-                self._fs.sync_folder(self._root.parent)
+            self._fs.sync_name(self._root)
 
     def upload(self, task: str, files: Mapping[str, bytes]) -> Upload:
         """Nothing is written yet."""
