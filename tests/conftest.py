@@ -18,6 +18,7 @@ from app.base_model import BaseModel, fetch_base_model, load_base_model
 from app.config import PREFIX, Settings
 from app.errors import InvalidBaseModel
 from app.model_source import DEFAULT_MODEL
+from tests.registry_parent import Child
 
 # The same examples in every run: a red one is about the change. `--hypothesis-profile=random` explores.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
@@ -59,6 +60,13 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=shm) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def registry_child() -> Iterator[Child]:
+    child = Child()
+    yield child
+    child.close()
 
 
 @pytest.fixture

@@ -12,14 +12,17 @@ import random
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.errors import PreconditionFailed, ReferenceNotFound
 from app.registry import Registry, Store
+from app.registry.task import TaskState
 from tests.checkpoints import BASE, checkpoint
-from tests.interposed_files import Killing
+from tests.interposed_files import Interposed, Killing
 from tests.registry_steps import STEPS, content, open_registry
 
 TASKS = ("t0", "t1")
@@ -67,6 +70,77 @@ def write(job: dict[str, Any], writer: int) -> None:
         say(line)
 
 
+def mix(job: dict[str, Any], process: int) -> None:
+    """Threads that all work on one task after another; what they saw goes to a file."""
+    registry = Registry(Store(Path(job["root"]), Interposed()), BASE)
+    with ThreadPoolExecutor(job["threads"]) as threads:
+        workers = [Worker(registry, f"{process}.{thread}", job) for thread in range(job["threads"])]
+        for done in [threads.submit(worker.work) for worker in workers]:
+            done.result()
+    history = [line for worker in workers for line in worker.history]
+    Path(f"{job['root']}.{process}").write_text(json.dumps(history))
+
+
+class Worker:
+    """One thread of `mix`."""
+
+    def __init__(self, registry: Registry, name: str, job: dict[str, Any]) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._registry = registry
+        self._name = name
+        self._choose = random.Random(f"{job['seed']}/{name}")
+        self._operations = job["operations"]
+        self._per_task = job["per_task"]
+
+    def work(self) -> None:
+        for turn in range(self._operations):
+            self._turn(f"t{turn // self._per_task}", f"{self._name}.{turn}")
+
+    def _turn(self, task: str, actor: str) -> None:
+        state = self._registry._index._snapshot.states.get(task) or TaskState.empty(task)
+        alias, version = self._choose.choice("ab"), self._choose.choice([*state.task.versions, 1])
+        known = state.task.aliases.get(alias)
+        kinds = ("publish", "move", "move", "move", "delete", "read", "read")
+        kind = self._choose.choices((*kinds, "sweep"), (*[1] * len(kinds), 0.1))[0]
+        arguments: tuple[Any, ...] = ()
+        result: Any = None
+        called = time.monotonic_ns()
+        try:
+            match kind:
+                case "publish":
+                    arguments = (self._choose.choice((alias, None)),)
+                    made = checkpoint(1, tags={"by": actor})
+                    published = self._registry.publish(task, made, alias=arguments[0], actor=actor)
+                    result = published.version.number, published.alias and published.alias.etag
+                case "move":
+                    arguments = (alias, version, known.etag if known else None)
+                    result = self._registry.move_alias(task, alias, version, expected=arguments[2], actor=actor).etag
+                case "delete":
+                    arguments = (version,)
+                    self._registry.delete_version(task, version, actor=actor)
+                    result = True
+                case "read":
+                    seen = self._registry._index.catch_up(task).task
+                    result = [*seen.versions], [(a.name, a.version, a.etag) for a in seen.aliases.values()]
+                case "sweep":
+                    self._registry.sweep()
+                    return
+        except (PreconditionFailed, ReferenceNotFound):
+            pass
+        ended = time.monotonic_ns()
+        self.history.append(
+            {
+                "task": task,
+                "actor": actor,
+                "call": called,
+                "end": ended,
+                "name": kind,
+                "arguments": arguments,
+                "result": result,
+            }
+        )
+
+
 def fork(work: Any, *args: Any) -> int:
     process = os.fork()
     if process:
@@ -86,7 +160,9 @@ def main() -> None:
     say({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)
-        if "step" in job:
+        if "threads" in job:
+            processes = [fork(mix, job, process) for process in range(job["processes"])]
+        elif "step" in job:
             processes = [fork(step, job)]
         else:
             processes = [fork(write, job, writer) for writer in range(job["writers"])]

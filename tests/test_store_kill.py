@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +15,8 @@ import pytest
 from app.registry import Registry
 from tests.interposed_files import WRITES, Interposed
 from tests.registry_child import TASKS
+from tests.registry_parent import Child
 from tests.registry_steps import STEPS, build_states, describe, leftovers, open_registry, recover, retry
-
-
-class Child:
-    """The process of tests/registry_child.py."""
-
-    def __init__(self) -> None:
-        # One thread in its libraries, too: a process that forks must have no other.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.registry_child"],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        assert self._line() == {"ready": True}
-
-    def do(self, **job: Any) -> tuple[list[dict[str, Any]], list[int]]:
-        """What the processes of a job said, and how they ended."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        lines = []
-        while "done" not in (line := self._line()):
-            lines.append(line)
-        return lines, line["done"]
-
-    def close(self) -> None:
-        self._process.communicate()
-
-    def _line(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return found
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    child = Child()
-    yield child
-    child.close()
 
 
 class Noting(Interposed):
@@ -76,7 +33,7 @@ class Noting(Interposed):
 
 @pytest.mark.parametrize("reads", [False, pytest.param(True, marks=pytest.mark.long)], ids=["writes", "all"])
 @pytest.mark.parametrize("position", range(len(STEPS)), ids=[step.name for step in STEPS])
-def test_killed_at_every_call(child: Child, memory_path: Path, position: int, reads: bool) -> None:
+def test_killed_at_every_call(registry_child: Child, memory_path: Path, position: int, reads: bool) -> None:
     """Before each call that writes (before one that reads, the folder is as before the next), and half-way."""
     step, root = STEPS[position], memory_path / "prompts"
     states, make = build_states(memory_path)
@@ -89,7 +46,7 @@ def test_killed_at_every_call(child: Child, memory_path: Path, position: int, re
     outcomes = set()
     for at, torn in [*kills, (len(noting.calls) + 1, False)]:
         make(position, root)
-        said, [status] = child.do(root=str(root), step=position, at=at, torn=torn)
+        said, [status] = registry_child.do(root=str(root), step=position, at=at, torn=torn)
         acknowledged = at > len(noting.calls)
         assert (said, status) == (([{"ack": position}], 0) if acknowledged else ([], signal.SIGKILL))
         registry = recover(root)
@@ -169,7 +126,7 @@ class Expectation:
     [(50, 2), pytest.param(2000, 4, marks=[pytest.mark.long, pytest.mark.timeout(3600)])],
 )
 def test_killed_at_random_times(
-    child: Child, tmp_path: Path, kills: int, writers: int, record_property: pytest.RecordProperty
+    registry_child: Child, tmp_path: Path, kills: int, writers: int, record_property: pytest.RecordProperty
 ) -> None:
     choose = random.Random(20260101)
     acknowledged = unknown = 0
@@ -177,7 +134,7 @@ def test_killed_at_random_times(
     for life in range(kills // 50):
         root, expectation = tmp_path / str(life), Expectation()
         for kill in range(50):
-            said, statuses = child.do(
+            said, statuses = registry_child.do(
                 root=str(root), seed=f"{life}/{kill}", writers=writers, seconds=choose.uniform(0.01, 0.12)
             )
             assert statuses == [signal.SIGKILL] * writers
