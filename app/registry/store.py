@@ -8,8 +8,9 @@ threads and processes. A version's folder without an entry is an upload that nob
 it in time, with whatever else a crash left. Anything else in these folders (a README) is ignored. Every call
 blocks, and raises NotReady or StorageFull when the file system fails.
 
-The log's chain shows a changed entry and one that is lost before others, but not the loss of its last ones: the
-task is then as it was before them, and their versions' folders are uploads that nobody was told of.
+The log's chain shows a changed entry and one that is lost before others. A start cannot see the loss of its last
+ones: the task is then as it was before them, and their versions' folders are uploads that nobody was told of. A
+process that knew them refuses to write on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from app.errors import PromptCorrupt
 from app.registry.durable import FileSystem, storage_errors
-from app.registry.log import Entry
+from app.registry.log import Entry, sha256
 from app.registry.reference import is_task_name, not_found
 
 logger = logging.getLogger(__name__)
@@ -146,11 +147,14 @@ class Store:
     def append(self, task: str, entry: Entry) -> bool:
         """Create the entry durably. False if another one has its sequence number.
 
-        After an exception the entry may or may not be there: read the log to know.
+        After an exception the entry may or may not be there: read the log to know. Raises PromptCorrupt, and
+        writes nothing, if the entry before it is no longer the one that it follows.
         """
         folder = self._log(task)
         temporary = _temporary(folder)
         with storage_errors():
+            if entry.prev is not None:
+                self._check_previous(folder, entry)
             try:
                 self._fs.write_file(temporary, entry.data)
                 try:
@@ -242,6 +246,15 @@ class Store:
 
     def _entry(self, folder: Path, seq: int) -> Path:
         return folder / f"{seq:08d}.json"
+
+    def _check_previous(self, folder: Path, entry: Entry) -> None:
+        # Its end was lost, or a backup was put back, while we ran: one more entry would spoil the whole log.
+        try:
+            found = sha256(self._fs.read(self._entry(folder, entry.seq - 1)))
+        except FileNotFoundError:
+            found = None
+        if found != entry.prev:
+            raise PromptCorrupt(f"entry {entry.seq - 1} was changed or lost")
 
     def _last_seq(self, folder: Path) -> int:
         try:
