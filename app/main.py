@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL = 1.0  # seconds until a version that another process published is seen
 COLLECT_INTERVAL = 600.0  # seconds
+SWEEP_INTERVAL = 3600.0  # seconds between two looks for what writers that died have left
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _DESCRIPTION = """One frozen base model, many soft prompts. A request names a task by a reference: `task`,
@@ -67,6 +68,7 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
         chores = [
             asyncio.create_task(_repeat(REFRESH_INTERVAL, registry.refresh, "refreshed")),
             asyncio.create_task(_repeat(COLLECT_INTERVAL, collect, "collected")),
+            asyncio.create_task(_repeat(SWEEP_INTERVAL, registry.sweep, "swept")),
         ]
         try:
             yield {"server": state}

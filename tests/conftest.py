@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +18,7 @@ from app.base_model import BaseModel, fetch_base_model, load_base_model
 from app.config import PREFIX, Settings
 from app.errors import InvalidBaseModel
 from app.model_source import DEFAULT_MODEL
+from tests.registry_parent import Child
 
 # The same examples in every run: a red one is about the change. `--hypothesis-profile=random` explores.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
@@ -45,6 +49,24 @@ def default_base() -> BaseModel:
     except InvalidBaseModel as error:
         pytest.skip(f"the default base model is not in the cache and cannot be fetched: {error}")
     return load_base_model(DEFAULT_MODEL, cache_dir=_CACHE_DIR, device="cpu")
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """As `tmp_path`, in memory where the system has such a folder: for thousands of small files."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def registry_child() -> Iterator[Child]:
+    child = Child()
+    yield child
+    child.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -10,10 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +20,6 @@ from app.errors import (
     PreconditionFailed,
     PromptCorrupt,
     ReferenceNotFound,
-    StorageFull,
 )
 from app.registry import Registry, Store
 from app.registry.log import Entry
@@ -153,48 +149,6 @@ def test_leftovers_of_crashed_publishes_do_not_exist(registry: Registry, root: P
     assert version.number == 3 and fresh.pin("t").prompt.digest == version.digest
     assert fresh.publish("u", checkpoint(2)).version.number == 1
     assert len(Registry(Store(root), BASE).tasks()) == 2
-
-
-@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, StorageFull), (errno.EIO, NotReady)])
-def test_failing_at_any_step_loses_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
-) -> None:
-    """Fail the first, second, third... system call of a publish until it gets through."""
-    registry = Registry(Store(root), BASE)
-    registry.publish("t", checkpoint(0))
-    contents = iter(checkpoint(i) for i in range(1, 50))
-    countdown = 0
-
-    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            nonlocal countdown
-            countdown -= 1
-            if countdown == 0:
-                raise OSError(number, os.strerror(number))
-            return function(*args, **options)
-
-        return call
-
-    for name in ("fsync", "rename", "link", "mkdir"):
-        monkeypatch.setattr(os, name, failing(getattr(os, name)))
-    failures = 0
-    while True:
-        content, countdown = next(contents), failures + 1
-        try:
-            version = registry.publish("t", content).version
-            break
-        except error:
-            failures += 1
-        fresh = Registry(Store(root), BASE)
-        for found in fresh.task("t").versions.values():
-            fresh.pin(found.reference).release()
-        known = {str(found) for found in fresh.task("t").versions}
-        assert set(os.listdir(root / "t/versions")) == known
-        assert fresh.publish("t", content).version == registry.publish("t", content).version
-    # mkdir, three files, folder, rename, folder, entry, link, folder
-    assert failures == 10
-    assert registry.pin("t").version == version
-    log_entries(root, "t")
 
 
 def test_a_publish_whose_outcome_is_unknown_keeps_its_files(

@@ -254,9 +254,9 @@ def test_everything_is_synced_before_an_entry_names_it(
     store.upload("new", FILES).place(())
     assert store.append("new", Entry.after(Head(), MoveAlias(alias="latest", version=1), "me"))
     assert trace == [
+        "sync prompts/new",
         "sync prompts",
-        "sync prompts/new",
-        "sync prompts/new",
+        "sync .",
         *(f"sync prompts/new/versions/TMP/{name}" for name in FILES),
         "sync prompts/new/versions/TMP",
         "rename prompts/new/versions/TMP prompts/new/versions/1",

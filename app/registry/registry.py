@@ -22,6 +22,7 @@ from app.registry.index import Index
 from app.registry.log import Change, Entry, MoveAlias, PublishVersion
 from app.registry.pin import Pin, PinCount
 from app.registry.prompt_cache import Key, PromptCache
+from app.registry.quarantine import Quarantine
 from app.registry.reference import (
     DEFAULT_ALIAS,
     check_alias_name,
@@ -29,7 +30,7 @@ from app.registry.reference import (
     not_found,
     parse_reference,
 )
-from app.registry.store import Store, Upload
+from app.registry.store import GRACE, Store, Upload
 from app.registry.task import DeletedVersion, Task, TaskState, Version
 from app.soft_prompt import BaseInfo, SoftPrompt
 
@@ -55,7 +56,8 @@ class Registry:
         self._base = base
         self._pins = PinCount()
         self._prompts = PromptCache(host_cache_bytes)
-        self._index = Index(store, on_gone=lambda version: self._prompts.forget(_key(version)))
+        self._quarantine = Quarantine()
+        self._index = Index(store, on_gone=self._forget)
 
     def tasks(self) -> list[Task]:
         """Tasks that have a version, by name."""
@@ -263,6 +265,13 @@ class Registry:
         except ServerError as error:
             logger.warning("the registry could not be refreshed: %s", error.message)
 
+    def sweep(self, *, grace: float = GRACE) -> int:
+        """Remove what uploads and writers that died left longer than `grace` seconds ago; return how much.
+
+        Logs and goes on where that fails, and leaves a task alone whose log cannot be read.
+        """
+        return self._index.sweep(grace)
+
     def _discard_unless_published(self, task: str, upload: Upload) -> None:
         # An append that failed half-way may be there, and seen by others: only the log can tell.
         try:
@@ -294,9 +303,14 @@ class Registry:
         if data is None and version.number not in self._index.catch_up(version.task).task.versions:
             raise not_found()
         if data is None or log.sha256(data) != version.files[name]:
-            logger.error("%s: %s does not match its digest", version.reference, name)
+            self._quarantine.add(version, name)
             raise PromptCorrupt(f"{version.reference}: {name} does not match its digest")
+        self._quarantine.lift(version, name)
         return data
+
+    def _forget(self, version: Version) -> None:
+        self._prompts.forget(_key(version))
+        self._quarantine.lift(version, *version.files)
 
 
 def _key(version: Version) -> Key:

@@ -1,0 +1,132 @@
+"""A registry's life in steps that can be cut off anywhere, and what a user can tell of the state between them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from app.registry import Registry, Store
+from app.registry.durable import FileSystem
+from tests.checkpoints import BASE, checkpoint
+from tests.interposed_files import Interposed
+
+State = dict[str, tuple[frozenset[str], dict[str, str]]]  # task -> digests of versions, alias -> digest
+
+content = cache(checkpoint)
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    run: Callable[[Registry], object]
+    again: bool = True  # whether it may be done twice
+
+
+def _move(registry: Registry) -> None:
+    task = registry.task("t")
+    number = task.by_digest[content(2).prompt.digest].number
+    registry.move_alias("t", "latest", number, expected=task.aliases["latest"].etag)
+
+
+def _delete(registry: Registry) -> None:
+    registry.delete_version("t", registry.task("t").by_digest[content(1).prompt.digest].number)
+
+
+STEPS = (
+    Step("publish-first", lambda registry: registry.publish("t", content(1))),
+    Step("publish-next", lambda registry: registry.publish("t", content(2), alias=None)),
+    Step("publish-with-alias", lambda registry: registry.publish("t", content(3), alias="prod")),
+    Step("move-alias", _move, again=False),
+    Step("publish-same", lambda registry: registry.publish("t", content(2), alias="prod")),
+    Step("delete-version", _delete, again=False),
+    Step("publish-other", lambda registry: registry.publish("u", content(4))),
+    Step("delete-task", lambda registry: registry.delete_task("u"), again=False),
+    Step("sweep", lambda registry: registry.sweep(grace=-1e9)),
+)
+
+
+def open_registry(root: Path, fs: FileSystem | None = None) -> Registry:
+    return Registry(Store(root, fs or Interposed()), BASE)
+
+
+def describe(registry: Registry) -> State:
+    """Without numbers, which a retry may skip."""
+    found: State = {}
+    for task in registry.tasks():
+        digests = {number: version.digest for number, version in task.versions.items()}
+        aliases = {alias.name: digests[alias.version] for alias in task.aliases.values()}
+        found[task.name] = (frozenset(digests.values()), aliases)
+    return found
+
+
+def recover(root: Path) -> Registry:
+    """A registry that starts on what a crash left; everything it lists must be whole."""
+    started = time.monotonic()
+    registry = open_registry(root)
+    assert time.monotonic() - started < 2
+    check_whole(registry)
+    return registry
+
+
+def check_whole(registry: Registry) -> None:
+    assert not registry._index._snapshot.problems
+    for task in registry.tasks():
+        for version in task.versions.values():
+            for name in version.files:
+                registry.read_file(task.name, version.number, name)
+        registry.pin(version.reference).release()
+
+
+def retry(step: Step, registry: Registry, before: State) -> None:
+    if step.again or describe(registry) == before:
+        step.run(registry)
+
+
+def leftovers(root: Path) -> list[str]:
+    """What no log entry names; files of deleted versions are not meant."""
+    found = []
+    registry = open_registry(root)
+    for task in registry._store.tasks():
+        numbers = registry._index.catch_up(task).numbers
+        for folder in ("versions", "log"):
+            for name in os.listdir(root / task / folder) if (root / task / folder).exists() else []:
+                if name.startswith(".tmp-") or (folder == "versions" and int(name) not in numbers):
+                    found.append(f"{task}/{folder}/{name}")
+    return found
+
+
+def leave_leftovers(root: Path, task: str) -> None:
+    """As writers that died at every step would."""
+    versions = root / task / "versions"
+    for name in (".tmp-0123", "77"):
+        (versions / name).mkdir()
+        for file in ("adapter_config.json", "manifest.json"):
+            (versions / name / file).write_bytes(b"{}")
+    (versions / "78").mkdir()
+    (root / task / "log/.tmp-0123").write_bytes(b'{"seq": 2')
+
+
+def build_states(folder: Path) -> tuple[list[State], Callable[[int, Path], None]]:
+    """The state before each step and after the last, and a function that makes the folder as it is before one."""
+    root = folder / "live"
+    states: list[State] = [{}]
+    for position, step in enumerate(STEPS):
+        if step.name == "sweep":
+            leave_leftovers(root, "t")
+        if root.exists():
+            shutil.copytree(root, folder / f"before-{position}")
+        registry = open_registry(root)
+        step.run(registry)
+        states.append(describe(registry))
+
+    def make(position: int, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        if (folder / f"before-{position}").exists():
+            shutil.copytree(folder / f"before-{position}", target)
+
+    return states, make

@@ -1,0 +1,86 @@
+"""Threads of several processes on one folder: every acknowledged change is in the log once, and there is an order.
+
+64 uploads of the same bytes, and races of two, are in test_registry_faults.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.registry.log import Entry
+from tests.checkpoints import checkpoint
+from tests.linearizability import EMPTY, Operation, linearizable, task_step
+from tests.registry_parent import Child
+from tests.registry_steps import describe, leftovers, open_registry, recover
+
+
+def operation(line: dict[str, Any]) -> Operation:
+    result = line["result"]
+    if line["name"] == "read":
+        result = frozenset(result[0]), frozenset(map(tuple, result[1]))
+    elif isinstance(result, list):
+        result = tuple(result)
+    return Operation(line["call"], line["end"], line["name"], tuple(line["arguments"]), result)
+
+
+def check_log(root: Path, task: str, lines: list[dict[str, Any]]) -> None:
+    """Each change that was made has one entry, at the place that its etag says; nothing else has."""
+    entries = [Entry.parse(path.read_bytes()) for path in sorted((root / task / "log").glob("*.json"))]
+    actors = {json.loads(entry.data)["actor"]: entry.seq for entry in entries}
+    made = [line for line in lines if line["name"] in ("publish", "move", "delete") and line["result"] is not None]
+    assert len(actors) == len(entries) == len(made)
+    assert actors.keys() == {line["actor"] for line in made}
+    for line in made:
+        etag = {"publish": lambda r: r[1], "move": lambda r: r, "delete": lambda _: None}[line["name"]](line["result"])
+        assert etag in (None, actors[line["actor"]])
+
+
+@pytest.mark.parametrize(
+    ("operations", "processes", "threads"),
+    [(2_000, 2, 4), pytest.param(200_000, 4, 4, marks=[pytest.mark.long, pytest.mark.timeout(7200)])],
+)
+def test_histories_are_linearizable(
+    registry_child: Child, memory_path: Path, operations: int, processes: int, threads: int
+) -> None:
+    root = memory_path / "prompts"
+    each = operations // (processes * threads)
+    job = {"seed": 20260102, "operations": each, "per_task": 50, "processes": processes, "threads": threads}
+    started = time.monotonic()
+    _, statuses = registry_child.do(root=str(root), **job)
+    assert statuses == [0] * processes
+    seconds = time.monotonic() - started
+    histories: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for process in range(processes):
+        for line in json.loads(Path(f"{root}.{process}").read_text()):
+            histories[line["task"]].append(line)
+    kinds: Counter[tuple[str, bool]] = Counter()
+    for task, lines in histories.items():
+        check_log(root, task, lines)
+        assert linearizable(map(operation, lines), EMPTY, task_step), task
+        kinds.update((line["name"], line["result"] is not None) for line in lines)
+    recover(root)
+    assert leftovers(root) == []
+    # Neither all of them win nor none, or there was no race.
+    assert min(kinds["move", True], kinds["move", False], kinds["delete", True], kinds["publish", True]) > each // 50
+    sys.stdout.write(f"{sum(kinds.values())} operations in {seconds:.1f} s: {sorted(kinds.items())}\n")
+
+
+def test_another_process_sees_a_publish_when_it_refreshes(registry_child: Child, memory_path: Path) -> None:
+    root = memory_path / "prompts"
+    registry = open_registry(root)
+    assert registry.tasks() == []
+    registry_child.do(root=str(root), step=0, at=0, torn=False)
+    registry.refresh()
+    assert registry.pin("t").prompt.digest == checkpoint(1).prompt.digest
+    registry.publish("t", checkpoint(3), alias="mine")
+    registry_child.do(root=str(root), step=1, at=0, torn=False)
+    registry.refresh()
+    assert list(registry.task("t").versions) == [1, 2, 3]
+    assert describe(registry) == describe(recover(root))
