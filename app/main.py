@@ -136,11 +136,11 @@ def serve(settings: Settings) -> None:
 
 async def _repeat(interval: float, chore: Callable[[], object], done: str) -> None:
     while True:
-        await asyncio.sleep(interval)
         try:
             await anyio.to_thread.run_sync(chore)
         except Exception:
             log.exception("the registry could not be %s; what is in memory is served on", done)
+        await asyncio.sleep(interval)
 
 
 def _operation_id(route: APIRoute) -> str:

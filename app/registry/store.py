@@ -215,8 +215,8 @@ class Store:
         """Remove what writers that died have left, as far as that succeeds; return how many files and folders.
 
         That is temporary ones, and folders of versions that are not in `numbers`: give all that the log names,
-        deleted ones included until they are collected. Nothing that was changed within `grace` seconds of `now` (seconds since the
-        epoch) is touched: it may be another process at work.
+        deleted ones included until they are collected. Nothing that was changed within `grace` seconds of `now`
+        (seconds since the epoch) is touched: it may be another process at work.
         """
         versions, log = self._versions(task), self._log(task)
         with storage_errors():
