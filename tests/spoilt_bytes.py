@@ -75,7 +75,7 @@ def _length(rng: Random, file: bytes) -> bytes:
 
 
 def _truncate(rng: Random, file: bytes) -> bytes:
-    return file[: rng.choice((rng.randrange(9), rng.randint(0, len(file)), max(len(file) - rng.randint(1, 8), 0)))]
+    return file[: rng.choice((rng.randrange(9), rng.randrange(len(file) or 1), max(len(file) - rng.randint(1, 8), 0)))]
 
 
 def _flip(rng: Random, file: bytes) -> bytes:

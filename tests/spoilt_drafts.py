@@ -104,7 +104,7 @@ def _dtype(rng: Random, draft: Draft) -> None:
 def _shape(rng: Random, draft: Draft) -> None:
     entry = _entry(rng, draft)
     shape = entry.get("shape")
-    if rng.random() < 0.5 or not isinstance(shape, list) or not shape:
+    if rng.random() < 0.5 or not isinstance(shape, list) or not shape or not all(type(item) is int for item in shape):
         entry["shape"] = rng.choice(SHAPES)
         return
     flat = [math.prod(shape)]

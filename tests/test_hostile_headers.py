@@ -55,6 +55,9 @@ def why_strict(file: bytes, code: str | None) -> str | None:
         ranks = [entry["shape"] for entry in entries.values()]
         found = any(not 1 <= len(shape) <= MAX_RANK or 0 in shape for shape in ranks)
         return "rank or empty dimension that no prompt has" if found else None
+    text = file[8 : 8 + length].rstrip(b" ")
+    if code in ("invalid_header", "not_safetensors") and (text[:1] != b"{" or text[-1:] != b"}"):
+        return "white space that is no padding"
     if code != "invalid_header":
         return None  # offsets, sizes and the format itself: both say the same, always
     if header.get("twice") or any("twice" in entry for entry in header.values() if isinstance(entry, dict)):
@@ -65,9 +68,6 @@ def why_strict(file: bytes, code: str | None) -> str | None:
         return "metadata of null"
     if depth(header) > MAX_DEPTH:
         return "nested deeper than we read"
-    text = file[8 : 8 + length].rstrip(b" ")
-    if text[:1] != b"{" or text[-1:] != b"}":
-        return "white space that is no padding"
     return None
 
 
