@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from app.errors import InvalidPromptFile
-from app.safetensors_header import MAX_RANK, SafetensorsHeader, read_header
+from app.safetensors_header import SafetensorsHeader, read_header
 from app.strict_json import MAX_DEPTH
 from tests.prompt_drafts import SIZES
 from tests.prompt_fuzzer import case
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 COUNT = int(os.environ.get("HOSTILE_COUNT", "1000000"))  # of the long run
-MAX_HEADER, MAX_TENSORS = 64 << 10, 64
+MAX_HEADER, MAX_TENSORS, MAX_RANK = 64 << 10, 64, 4
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -100,9 +100,11 @@ def check_equal(file: bytes, header: SafetensorsHeader, loaded: dict[str, torch.
     entries, data = json.loads(file[8 : 8 + length]), file[8 + length :]
     assert entries.pop("__metadata__", {}) == header.metadata
     assert loaded.keys() == header.tensors.keys() == entries.keys()
+    assert length <= MAX_HEADER and len(entries) <= MAX_TENSORS, "our own limits"
     for name, info in header.tensors.items():
         tensor = loaded[name]
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, DTYPES[info.dtype])
+        assert 1 <= len(info.shape) <= MAX_RANK and 0 not in info.shape, "our own limits"
         words = np.frombuffer(data[slice(*entries[name]["data_offsets"])], f"<u{SIZES[info.dtype]}")
         kind = torch.int32 if SIZES[info.dtype] == 4 else torch.int16
         found = tensor.view(kind).numpy().view(f"<u{SIZES[info.dtype]}")
