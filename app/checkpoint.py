@@ -33,6 +33,9 @@ MANIFEST_FILE = "manifest.json"
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FLOAT16 = 65504.0
+# Embeddings are around 1 and the outliers of keys below 1000. Squares in a norm overflow float32 from 1e19 on, and
+# behind an overflow that a norm turns into 0 the logits are finite again: a trial run would not show it.
+MAX_MAGNITUDE = 1e6
 # What the server adds to a manifest; an exported one may be uploaded again.
 _SERVER_KEYS = ("digest", "created_at", "peft_type", "num_virtual_tokens", "size_bytes")
 
@@ -78,7 +81,7 @@ def read_checkpoint(
     Needs about twice the prompt's float32 size beside `tensors` itself. Raises InvalidPromptFile; `code` is
     one of those of `read_config`, `check_dimensions` and `read_header`, or file_too_large, missing_tensor,
     unexpected_tensor, tensor_shape_mismatch, hidden_size_mismatch, num_virtual_tokens_mismatch,
-    task_id_out_of_range, non_finite, invalid_manifest.
+    task_id_out_of_range, non_finite, magnitude_too_large, invalid_manifest.
     """
     _check_manifest(manifest)
     if len(tensors) > limits.max_file_bytes:
@@ -230,7 +233,11 @@ def _decode(config: AdapterConfig, tensors: bytes, task_id: int, base: BaseInfo)
         factor = loaded[_COLS][task_id].float() @ loaded[_ROWS][task_id].float()
         stored = stored.float() * factor
     result = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
-    return result, _largest("the prompt", result)
+    largest = _largest("the prompt", result)
+    if largest > MAX_MAGNITUDE:
+        found = f"the prompt has magnitudes up to {largest:.4g} but may have {MAX_MAGNITUDE:.0g}"
+        _refuse("magnitude_too_large", found)
+    return result, largest
 
 
 def _largest(name: str, tensor: torch.Tensor) -> float:

@@ -5,6 +5,7 @@
     - InvalidRequest          400  a parameter is wrong; `param` names it
     - ContextLengthExceeded   400  virtual tokens + text + answer do not fit
     - ReferenceNotFound       404  unknown task, version, alias or file
+    - RequestTimeout          408  the client sends too slowly
     - PreconditionFailed      412  an If-Match is stale, or an alias still names the version
     - BodyTooLarge            413
     - UnsupportedMediaType    415
@@ -12,6 +13,7 @@
     - InvalidTrainingData     422
     - InvalidRecipe           422
     - PreconditionRequired    428
+    - HeadTooLarge            431
   + ServerError
     - NumericalError          500  this request's logits were not finite
     - EngineFailed            500  the engine could not finish this request
@@ -70,6 +72,14 @@ class ReferenceNotFound(RequestError):
     code = "not_found"
 
 
+class RequestTimeout(RequestError):
+    """The request did not arrive in the time that it may take."""
+
+    status = 408
+    title = "Request timeout"
+    code = "request_timeout"
+
+
 class PreconditionFailed(RequestError):
     status = 412
     title = "Precondition failed"
@@ -112,6 +122,12 @@ class PreconditionRequired(RequestError):
     status = 428
     title = "Precondition required"
     code = "precondition_required"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    title = "Head too large"
+    code = "head_too_large"
 
 
 class ServerError(SoftpromptError):

@@ -127,6 +127,7 @@ def serve(settings: Settings) -> None:
         readiness=app.state.readiness,
         engine=engine,
         drain_timeout=settings.drain_timeout,
+        receive_timeout=settings.receive_timeout,
         greeting=greeting,
     )
     server.run()

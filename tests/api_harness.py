@@ -92,6 +92,7 @@ class Harness:
             readiness=self.app.state.readiness,
             engine=self.engine,
             drain_timeout=drain_timeout,
+            receive_timeout=self.settings.receive_timeout,
             drain_delay=drain_delay,
         )
         thread = threading.Thread(target=server.run)

@@ -165,7 +165,7 @@ def test_a_body_is_read_no_further_than_its_limit() -> None:
 
     async def read(headers: list[tuple[bytes, bytes]]) -> int:
         request = Request({"type": "http", "headers": headers}, receive)
-        return sum([len(chunk) async for chunk in read_chunks(request, 10_000)])
+        return sum([len(chunk) async for chunk in read_chunks(request, 10_000, 5.0)])
 
     with pytest.raises(BodyTooLarge, match="more than 10000"):
         asyncio.run(read([]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -10,8 +11,10 @@ from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
 
 from app.api.deps import get_state
-from app.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from app.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
 from app.strict_json import parse_object
+
+MIN_RATE = 10_000  # bytes a second, for what `receive_timeout` is too short
 
 
 def content_type(request: Request) -> str:
@@ -22,15 +25,27 @@ def content_type(request: Request) -> str:
     return kind.decode("latin-1").lower()
 
 
-async def read_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises BodyTooLarge as soon as it is known to have more than `limit` bytes."""
+async def read_chunks(request: Request, limit: int, receive_timeout: float) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises BodyTooLarge as soon as it is known to have more than `limit` bytes.
+
+    Raises RequestTimeout if it takes more than `receive_timeout` seconds and is slower than MIN_RATE after them.
+    """
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMediaType("a compressed body is not accepted")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(f"the body has {declared} bytes but may have {limit}")
     received = 0
-    async for chunk in request.stream():
+    deadline = asyncio.get_running_loop().time() + receive_timeout
+    chunks = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline + received / MIN_RATE):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise RequestTimeout(f"{received} bytes of the body arrived in time, and not the rest") from None
+        if chunk is None:
+            return
         received += len(chunk)
         if received > limit:
             raise BodyTooLarge(f"the body has more than {limit} bytes")
@@ -63,8 +78,9 @@ class JsonRoute(APIRoute):
         async def read_first(request: Request) -> Response:
             if content_type(request) != "application/json":
                 raise UnsupportedMediaType("the body must be application/json")
-            limit = get_state(request).settings.max_body_bytes
-            data = b"".join([chunk async for chunk in read_chunks(request, limit)])
+            settings = get_state(request).settings
+            chunks = read_chunks(request, settings.max_body_bytes, settings.receive_timeout)
+            data = b"".join([chunk async for chunk in chunks])
             try:
                 parsed = parse_object(data)
             except UnicodeError:

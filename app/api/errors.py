@@ -35,6 +35,11 @@ def unexpected(error: BaseException) -> SoftpromptError:
     return SoftpromptError("the server could not finish this request")
 
 
+def problem_body(error: SoftpromptError, request_id: str) -> dict[str, Any]:
+    """The body of the reply to a failed request."""
+    return _body(error.status, error.title, error_object(error), request_id)
+
+
 def problem(request: Request, error: SoftpromptError, headers: Mapping[str, str] | None = None) -> Response:
     """The reply to a failed request."""
     return _problem(request, error.status, error.title, error_object(error), error.retry_after, dict(headers or {}))
@@ -49,6 +54,17 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_exception)
 
 
+def _body(status: int, title: str, error: dict[str, Any], request_id: str) -> dict[str, Any]:
+    return {
+        "type": f"urn:softprompt:problem:{error['code']}",
+        "title": title,
+        "status": status,
+        "detail": error["message"],
+        "instance": f"urn:softprompt:request:{request_id}",
+        "error": error,
+    }
+
+
 def _problem(
     request: Request,
     status: int,
@@ -57,16 +73,11 @@ def _problem(
     retry_after: int | None,
     headers: dict[str, str],
 ) -> Response:
-    body = {
-        "type": f"urn:softprompt:problem:{error['code']}",
-        "title": title,
-        "status": status,
-        "detail": error["message"],
-        "instance": f"urn:softprompt:request:{request.state.request_id}",
-        "error": error,
-    }
+    body = _body(status, title, error, request.state.request_id)
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["Connection"] = "close"  # the rest of the request may never come (RFC 9110, section 15.5.9)
     # NOTE: ASCII, because a message may hold what UTF-8 cannot, such as half a surrogate pair.
     return Response(json.dumps(body), status, headers, "application/problem+json")
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from types import FrameType
 
 import anyio.to_thread
@@ -14,12 +15,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.api.deps import Readiness
+from app.api.protocol import Protocol
 from app.engine import Engine
 from app.errors import InvalidSettings
 
+if sys.platform != "win32":
+    import resource
+
 DRAIN_DELAY = 1.0  # seconds between failing readiness and closing the listener, for a load balancer to notice
 LAST_EVENTS = 5.0  # seconds for the error events of streams that outlived the drain
-MAX_HEAD = 65_536  # bytes of a request's head
+MAX_CONNECTIONS = 10_000
+RESERVED_FILES = 100  # file descriptors for everything that is no connection
 
 
 def bind(host: str, port: int, *, stall_timeout: float) -> socket.socket:
@@ -40,6 +46,14 @@ def bind(host: str, port: int, *, stall_timeout: float) -> socket.socket:
     return listener
 
 
+def max_connections() -> int:
+    """As many as this process may open, and some files beside them."""
+    if sys.platform == "win32":
+        return MAX_CONNECTIONS
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+
+
 class Server(uvicorn.Server):
     """Runs an application on a bound socket until SIGTERM or SIGINT."""
 
@@ -51,15 +65,15 @@ class Server(uvicorn.Server):
         readiness: Readiness,
         engine: Engine,
         drain_timeout: float,
+        receive_timeout: float,
         greeting: str = "",
         drain_delay: float = DRAIN_DELAY,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                # NOTE: httptools would take a head of any size.
-                http="h11",
-                h11_max_incomplete_event_size=MAX_HEAD,
+                # NOTE: h11's, because httptools would take a head of any size. uvicorn calls whatever is no name.
+                http=partial(Protocol, receive_timeout=receive_timeout, max_connections=max_connections()),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,

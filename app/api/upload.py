@@ -5,7 +5,7 @@ Nothing is written to disk, and no part is held whose name is not expected.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.body import content_type, read_chunks
+from app.api.deps import get_state
 from app.checkpoint import DEFAULT_LIMITS, MAX_MANIFEST_BYTES
 from app.errors import BodyTooLarge, InvalidPromptFile, InvalidRequest, UnsupportedMediaType
 from app.safetensors_header import read_header
@@ -74,7 +75,7 @@ class Upload:
 
 
 async def read_upload(request: Request, max_upload_bytes: int) -> Upload:
-    """Raises BodyTooLarge, UnsupportedMediaType, InvalidRequest, InvalidPromptFile."""
+    """Raises BodyTooLarge, RequestTimeout, UnsupportedMediaType, InvalidRequest, InvalidPromptFile."""
     kind = content_type(request)
     if kind == "multipart/form-data":
         upload = await _read_multipart(request, max_upload_bytes + MAX_OVERHEAD)
@@ -82,8 +83,12 @@ async def read_upload(request: Request, max_upload_bytes: int) -> Upload:
             raise BodyTooLarge(f"adapter_model has {len(upload.tensors)} bytes but may have {max_upload_bytes}")
         return upload
     if kind in RAW_TYPES:
-        return _from_metadata(b"".join([chunk async for chunk in read_chunks(request, max_upload_bytes)]))
+        return _from_metadata(b"".join([chunk async for chunk in _chunks(request, max_upload_bytes)]))
     raise UnsupportedMediaType(f"the body must be multipart/form-data or {RAW_TYPES[0]}")
+
+
+def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    return read_chunks(request, limit, get_state(request).settings.receive_timeout)
 
 
 def _from_metadata(tensors: bytes) -> Upload:
@@ -105,7 +110,7 @@ async def _read_multipart(request: Request, limit: int) -> Upload:
     if not boundary:
         raise InvalidRequest("the multipart body has no boundary")
     form = _Form(boundary)
-    async for chunk in read_chunks(request, limit):
+    async for chunk in _chunks(request, limit):
         form.feed(chunk)
     parts = form.finish()
     for name in _PARTS[:2]:

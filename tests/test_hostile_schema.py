@@ -1,0 +1,98 @@
+"""schemathesis over every operation of the OpenAPI document: data that fits it and data that does not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.python.asgi import get_client
+
+from tests.api_harness import Harness
+from tests.test_api_errors import check
+
+COUNT = int(os.environ.get("HOSTILE_SCHEMA_COUNT", "1500"))  # examples of each operation and mode in the long run
+ROOM = (503, 507)  # documented: no room, not ready; no space
+CHECKS = [content_type_conformance, response_headers_conformance, status_code_conformance]
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    harness = Harness.create(tmp_path / "prompts", max_body_bytes=100_000)
+    harness.publish("sentiment", labels=["x", "y"])
+    return harness
+
+
+def operations(harness: Harness) -> Iterator[Any]:
+    for result in schemathesis.openapi.from_asgi("/openapi.json", harness.app).get_all_operations():
+        yield result.ok()
+
+
+def exercise(harness: Harness, count: int) -> Counter[str]:
+    """`count` examples of each operation that fit, and as many that do not; how many replies had which status."""
+    found: Counter[str] = Counter()
+    fits = {GenerationMode.POSITIVE: "positive", GenerationMode.NEGATIVE: "negative"}
+    with get_client(harness.app) as client:
+        for operation in operations(harness):
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                strategy = operation.as_strategy(generation_mode=mode)
+
+                @given(case=strategy)
+                @settings(
+                    max_examples=count,
+                    phases=[Phase.explicit, Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                    database=None,
+                )
+                def run(case: Any) -> None:
+                    reply = case.call(session=client)
+                    harness.engine.calls.clear()
+                    streamed = reply.headers["content-type"][0].startswith("text/event-stream")
+                    server = [] if reply.status_code in ROOM else [not_a_server_error]
+                    # The document calls an event a string; its JSON has no schema of its own.
+                    body = [] if streamed else [response_schema_conformance]
+                    case.validate_response(reply, checks=[*CHECKS, *server, *body])
+                    found[f"{fits[mode]} {reply.status_code // 100}xx"] += 1  # noqa: B023 (run at once)
+
+                try:
+                    run()
+                except Unsatisfiable:
+                    assert mode is GenerationMode.NEGATIVE, "some parameters are texts of any kind: nothing is wrong"
+    return found
+
+
+def test_every_operation(harness: Harness) -> None:
+    found = exercise(harness, 20)
+    assert found.total() > 350 and found["positive 2xx"] > 50 and found["negative 4xx"] > 100, found
+    assert not found["positive 5xx"] + found["negative 5xx"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_every_operation_at_length(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
+    found = exercise(harness, COUNT)
+    with capsys.disabled():
+        os.write(1, f"\n{COUNT} examples: {found.total()} replies, {dict(found)}\n".encode())
+
+
+def test_the_error_body_is_the_documented_one(harness: Harness) -> None:
+    with harness.client() as client:
+        document = client.get("/openapi.json").json()
+        reply = client.post("/v1/generate", json={"input": 1})
+        check(reply, 400)
+        described = document["paths"]["/v1/generate"]["post"]["responses"]["4XX"]["content"]["application/problem+json"]
+        assert set(described["schema"]["required"]) == set(reply.json())
