@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused with 503")
     max_body_bytes: Positive = Field(2**20, description="Largest JSON body")
     max_upload_bytes: Positive = Field(64 * 2**20, le=64 * 2**20, description="Largest adapter_model.safetensors")
+    request_timeout: Seconds = Field(
+        600.0, description="Seconds until an answer is given up with 504; X-Request-Timeout may ask for less"
+    )
     send_timeout: Seconds = Field(30.0, description="Seconds a client may take to read a part of a stream")
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")

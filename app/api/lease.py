@@ -19,6 +19,7 @@ class Lease:
     """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
 
     def __init__(self, pin: Pin | None) -> None:
+        self.leave: Callable[[], None] = lambda: None  # the door, when the engine has the first call
         self.version: Version | None = pin.version if pin else None
         self.prompt: SoftPrompt | None = pin.prompt if pin else None
         self._pin = pin
@@ -39,6 +40,7 @@ class Lease:
         salt: str = "",
     ) -> Generation:
         """`Engine.generate` behind this version."""
+        self.leave()
         give_back = self.share()
         try:
             return engine.generate(
@@ -52,6 +54,7 @@ class Lease:
         self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, salt: str = ""
     ) -> list[list[float]]:
         """`Engine.score` behind this version."""
+        self.leave()
         give_back = self.share()
         try:
             return await engine.score(self.prompt, token_ids, continuations, salt=salt, on_release=give_back)
@@ -84,7 +87,7 @@ async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[li
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
     One lease, or one for each member of an ensemble. None and the base model's name give the bare base. Raises what
-    `Registry.pin` raises, and InvalidRequest for an ensemble in which a version stands twice.
+    `Registry.pin` and `Door.enter` raise, and InvalidRequest for an ensemble in which a version stands twice.
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
@@ -93,12 +96,15 @@ async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[li
             pin = None
             if reference is not None and reference != state.base.info.name:
                 pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
-            leases.append(Lease(pin))
-            give_back.append(leases[-1].share())
+            lease = Lease(pin)
+            leases.append(lease)
+            give_back.append(lease.share())
+            lease.leave = state.door.enter(lease.prompt)
         # NOTE: not their digests, because versions of two tasks may have the same bytes.
         if len({lease.version and lease.version.reference for lease in leases}) < len(leases):
             raise InvalidRequest("task: a version stands twice in the ensemble", param="task")
         yield leases
     finally:
-        for give in give_back:
+        for lease, give in zip(leases, give_back, strict=True):
+            lease.leave()
             give()

@@ -157,6 +157,10 @@ class Engine(Protocol):
 
     def stop(self) -> None: ...
 
+    def check_room(self, prompt: SoftPrompt | None, *, ahead: int = 0) -> None:
+        """Raise Overloaded or NotReady where a request behind `prompt` would, if `ahead` others came before it."""
+        ...
+
     def generate(
         self,
         prompt: SoftPrompt | None,
