@@ -109,7 +109,7 @@ class FakeEngine:
     def stop(self) -> None:
         self.stopped += 1
 
-    def check_room(self, prompt: SoftPrompt | None, *, ahead: int = 0) -> None: ...
+    def check_room(self, digest: str | None, *, ahead: int = 0) -> None: ...
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import time
@@ -102,6 +103,7 @@ def live(
     max_waiting: int = 256,
     kv_cache_tokens: int = 16_384,
     step_seconds: float = 0.0,
+    host_cache_bytes: int = 2**30,
     restart_delay: float = 0.2,
     drain_timeout: float = 5.0,
     stall_timeout: float = 60.0,
@@ -114,6 +116,7 @@ def live(
         max_num_seqs=max_num_seqs,
         max_waiting=max_waiting,
         kv_cache_tokens=kv_cache_tokens,
+        host_cache_bytes=host_cache_bytes,
         restart_delay=restart_delay,
     )
     engine.start()
@@ -124,8 +127,13 @@ def live(
     chosen = Settings(registry=root, **settings)
     app = create_app(chosen, engine, registry, BASE)
     harness = Harness(chosen, engine, registry, BASE, app)  # type: ignore[arg-type]
-    with harness.listening(drain_timeout=drain_timeout, stall_timeout=stall_timeout) as listening:
-        yield Live(harness, listening, engine)
+    gc.collect()
+    gc.freeze()  # as `serve` does
+    try:
+        with harness.listening(drain_timeout=drain_timeout, stall_timeout=stall_timeout) as listening:
+            yield Live(harness, listening, engine)
+    finally:
+        gc.unfreeze()
 
 
 def tensors(seed: int, config: dict[str, Any] | None = None) -> bytes:
@@ -141,26 +149,29 @@ def content(seed: int, **manifest: Any) -> Checkpoint:
     return read_checkpoint(json.dumps(_CONFIG).encode(), tensors(seed), ManifestInput(**manifest), BASE.info)
 
 
-async def answer_alone(engine: LocalEngine, prompt: SoftPrompt | None, text: str, max_tokens: int) -> str:
+async def answer_alone(engine: LocalEngine, prompt: SoftPrompt | None, text: str, params: SamplingParams) -> str:
     """What nothing else can have touched: greedy, the engine asked directly, one request at a time."""
     ids = BASE.tokenizer(text)["input_ids"]
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=BASE.eos_token_ids)
     found = [token.id async for token in engine.generate(prompt, ids, params) if token.id is not None]
     decoded: str = BASE.tokenizer.decode(found, skip_special_tokens=True)
     return decoded
 
 
 @cache
-def golden(seeds: Sequence[int], texts: Sequence[str], max_tokens: int) -> dict[str, dict[str, str]]:
+def golden(
+    seeds: Sequence[int], texts: Sequence[str], max_tokens: int, *, ignore_eos: bool = False
+) -> dict[str, dict[str, str]]:
     """Digest -> text -> answer."""
     engine = LocalEngine(BASE.model, BASE.info, max_num_seqs=1, kv_cache_tokens=4_096)
     engine.start()
+    stop = frozenset() if ignore_eos else BASE.eos_token_ids
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=stop)
 
     async def run() -> dict[str, dict[str, str]]:
         table = {}
         for seed in seeds:
             prompt = content(seed).prompt
-            table[prompt.digest] = {text: await answer_alone(engine, prompt, text, max_tokens) for text in texts}
+            table[prompt.digest] = {text: await answer_alone(engine, prompt, text, params) for text in texts}
         return table
 
     try:

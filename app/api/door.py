@@ -1,11 +1,10 @@
-"""Refuses at once what the engine would refuse later, when its text had been templated and tokenised for nothing."""
+"""Refuses at once what the engine would refuse later, its prompt read and its text tokenised for nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from app.engine import Engine
-from app.soft_prompt import SoftPrompt
 
 
 class Door:
@@ -15,9 +14,9 @@ class Door:
         self._engine = engine
         self._num_inside = 0
 
-    def enter(self, prompt: SoftPrompt | None) -> Callable[[], None]:
-        """Keep a place until the result is called, more than once if you like. Raises Overloaded, NotReady."""
-        self._engine.check_room(prompt, ahead=self._num_inside)
+    def enter(self, digest: str | None) -> Callable[[], None]:
+        """Keep a place behind that prompt until the result is called, once or more. Raises Overloaded, NotReady."""
+        self._engine.check_room(digest, ahead=self._num_inside)
         self._num_inside += 1
         inside = True
 

@@ -18,8 +18,9 @@ from app.soft_prompt import SoftPrompt
 class Lease:
     """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
 
-    def __init__(self, pin: Pin | None) -> None:
-        self.leave: Callable[[], None] = lambda: None  # the door, when the engine has the first call
+    def __init__(self, pin: Pin | None, leave: Callable[[], None] = lambda: None) -> None:
+        """`leave` is called when the engine counts the request itself."""
+        self._leave = leave
         self.version: Version | None = pin.version if pin else None
         self.prompt: SoftPrompt | None = pin.prompt if pin else None
         self._pin = pin
@@ -40,7 +41,7 @@ class Lease:
         salt: str = "",
     ) -> Generation:
         """`Engine.generate` behind this version."""
-        self.leave()
+        self._leave()
         give_back = self.share()
         try:
             return engine.generate(
@@ -54,7 +55,7 @@ class Lease:
         self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, salt: str = ""
     ) -> list[list[float]]:
         """`Engine.score` behind this version."""
-        self.leave()
+        self._leave()
         give_back = self.share()
         try:
             return await engine.score(self.prompt, token_ids, continuations, salt=salt, on_release=give_back)
@@ -93,18 +94,17 @@ async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[li
     leases: list[Lease] = []
     try:
         for reference in task if isinstance(task, list) else [task]:
-            pin = None
-            if reference is not None and reference != state.base.info.name:
-                pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
-            lease = Lease(pin)
-            leases.append(lease)
-            give_back.append(lease.share())
-            lease.leave = state.door.enter(lease.prompt)
+            named = reference if reference != state.base.info.name else None
+            # NOTE: only for the room behind it; what counts is what the pin resolves to.
+            leave = state.door.enter(None if named is None else state.registry.resolve(named).digest)
+            give_back.append(leave)
+            pin = None if named is None else await anyio.to_thread.run_sync(state.registry.pin, named)
+            leases.append(Lease(pin, leave))
+            give_back.append(leases[-1].share())
         # NOTE: not their digests, because versions of two tasks may have the same bytes.
         if len({lease.version and lease.version.reference for lease in leases}) < len(leases):
             raise InvalidRequest("task: a version stands twice in the ensemble", param="task")
         yield leases
     finally:
-        for lease, give in zip(leases, give_back, strict=True):
-            lease.leave()
+        for give in give_back:
             give()

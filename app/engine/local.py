@@ -154,11 +154,11 @@ class LocalEngine:
             self._thread.join()
         torch.set_num_threads(self._num_torch_threads)
 
-    def check_room(self, prompt: SoftPrompt | None, *, ahead: int = 0) -> None:
+    def check_room(self, digest: str | None, *, ahead: int = 0) -> None:
         """See `Engine.check_room`."""
         with self._door:
             self._check_open()
-            self._in_flight.check(prompt, ahead=ahead)
+            self._in_flight.check(digest, ahead=ahead)
 
     def generate(
         self,
@@ -247,9 +247,11 @@ class LocalEngine:
     # -- at the door -----------------------------------------------------------------------------------------------
 
     def _submit(self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None) -> None:
+        digest = sequence.prompt.digest if sequence.prompt else None
+
         def release() -> None:
             with self._door:
-                self._in_flight.remove(sequence.prompt)
+                self._in_flight.remove(digest)
             try:
                 if on_release is not None:
                     on_release()
@@ -257,9 +259,9 @@ class LocalEngine:
                 log.exception("on_release failed")
 
         with self._door:
-            self._in_flight.check(sequence.prompt)
+            self._in_flight.check(digest)
             self._enter(lambda: self._core.add(sequence, release))
-            self._in_flight.add(sequence.prompt)
+            self._in_flight.add(digest)
 
     def _check_open(self) -> None:
         if not self._open:
