@@ -27,8 +27,8 @@ run: setup ## Serve on http://127.0.0.1:8000 (settings: PORT, SOFTPROMPT_*)
 test: setup model ## Run the tests
 	$(BIN)/python -m pytest
 
-test-long: setup model ## Run what takes minutes to hours: long random mixes
-	$(BIN)/python -m pytest -m long
+test-long: setup model ## Run what takes minutes to hours; K=swaps only those whose names have it
+	$(BIN)/python -m pytest -m long -s --timeout 0 $(if $(K),-k '$(K)')
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@
     - Overloaded              503  no room in the queue
     - NotReady                503  starting, draining or stopped
     - PromptCorrupt           503  stored files no longer match their digest
+    - RequestTimedOut         504  not ready when its time was over
     - StorageFull             507
 """
 
@@ -179,6 +180,14 @@ class PromptCorrupt(ServerError):
     status = 503
     title = "Prompt corrupt"
     code = "prompt_corrupt"
+
+
+class RequestTimedOut(ServerError):
+    """Its deadline has passed, in the queue or later; the client may have set it."""
+
+    status = 504
+    title = "Deadline exceeded"
+    code = "deadline_exceeded"
 
 
 class StorageFull(ServerError):

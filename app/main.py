@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -130,6 +131,9 @@ def serve(settings: Settings) -> None:
         receive_timeout=settings.receive_timeout,
         greeting=greeting,
     )
+    # A full collection would look at every object of every library, a quarter of a second in which nothing moves.
+    gc.collect()
+    gc.freeze()
     server.run()
     if engine.stats().given_up:
         raise EngineFailed("the engine died again and again; the log has the errors")

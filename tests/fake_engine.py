@@ -109,6 +109,8 @@ class FakeEngine:
     def stop(self) -> None:
         self.stopped += 1
 
+    def check_room(self, digest: str | None, *, ahead: int = 0) -> None: ...
+
     def generate(
         self,
         prompt: SoftPrompt | None,

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
+from app.api.deadline import DeadlineDep, until
 from app.api.deps import StateDep
 from app.api.lease import Lease, leased
 from app.api.reply import encode, identity, prompt_headers, usage
@@ -37,7 +38,10 @@ _EXAMPLES: dict[str, Any] = {
 
 @router.post("/v1/classify", response_model=ClassifyReply)
 async def classify(
-    request: Request, body: Annotated[ClassifyRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
+    request: Request,
+    body: Annotated[ClassifyRequest, Body(openapi_examples=_EXAMPLES)],
+    state: StateDep,
+    deadline: DeadlineDep,
 ) -> Response:
     """Choose a label for each input.
 
@@ -46,15 +50,16 @@ async def classify(
     An ensemble's probabilities are the mean of its members' (Lester et al. 2021, section 6).
     """
     inputs = as_list(body.input)
-    async with leased(state, body.task, user=body.user) as leases:
-        labels = _labels(body, [lease.version for lease in leases], len(inputs))
-        work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
-        scores = together(
-            lease.score(state.engine, text, targets, salt=body.cache_salt or "")
-            for lease, (texts, targets) in zip(leases, work, strict=True)
-            for text in texts
-        )
-        scored = await first(scores, disconnection(request.receive))
+    with until(deadline):
+        async with leased(state, body.task, user=body.user) as leases:
+            labels = _labels(body, [lease.version for lease in leases], len(inputs))
+            work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
+            scores = together(
+                lease.score(state.engine, text, targets, salt=body.cache_salt or "")
+                for lease, (texts, targets) in zip(leases, work, strict=True)
+                for text in texts
+            )
+            scored = await first(scores, disconnection(request.receive))
     results = []
     for index in range(len(inputs)):
         by_member = [softmax([math.fsum(tokens) for tokens in logprobs]) for logprobs in scored[index :: len(inputs)]]

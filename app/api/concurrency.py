@@ -41,7 +41,8 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, in order. The first failure is raised once the others have been cancelled and have ended."""
     tasks = [asyncio.create_task(item) for item in work]
     try:
-        return await asyncio.gather(*tasks)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        return [task.result() for task in tasks if task.done()]
     finally:
         await _end(tasks)
 
@@ -66,4 +67,6 @@ async def disconnection(receive: Receive) -> Never:
 async def _end(tasks: list[asyncio.Task[T]]) -> None:
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    # A deadline that has passed cancels whatever is awaited, over and over.
+    with anyio.CancelScope(shield=True):
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.api.concurrency import Room
+from app.api.door import Door
 from app.api.logprobs import TokenTexts
 from app.base_model import BaseModel
 from app.config import Settings
@@ -48,6 +49,10 @@ class State:
     constraints: ConstraintCompiler
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
+
+    @cached_property
+    def door(self) -> Door:
+        return Door(self.engine)
 
     @cached_property
     def token_texts(self) -> TokenTexts:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
@@ -13,6 +14,7 @@ from fastapi.responses import Response
 from app.answer import Answer, Piece
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
+from app.api.deadline import DeadlineDep, until
 from app.api.deps import State, StateDep
 from app.api.json_text import dump_json
 from app.api.lease import Lease, leased
@@ -60,7 +62,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 @router.post("/v1/generate", response_model=GenerateReply, responses=_RESPONSES)
 async def generate(
-    request: Request, body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)], state: StateDep
+    request: Request,
+    body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
+    state: StateDep,
+    deadline: DeadlineDep,
 ) -> Response:
     """Generate text behind a task's soft prompt, or by the bare base model.
 
@@ -70,16 +75,17 @@ async def generate(
     check_request(body, state.base.info.vocab_size)
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
-    async with leased(state, body.task, user=body.user) as leases:
-        run = await _Run.start(state, leases, body)
-    headers = prompt_headers(leases)
-    if body.stream:
-        timeout = state.settings.send_timeout
-        return EventStream(run.stream, run.aclose, send_timeout=timeout, headers=headers)
-    try:
-        reply = await first(run.whole(), disconnection(request.receive))
-    finally:
-        await run.aclose()
+    with until(deadline):
+        async with leased(state, body.task, user=body.user) as leases:
+            run = await _Run.start(state, leases, body)
+        headers = prompt_headers(leases)
+        if body.stream:
+            timeout = state.settings.send_timeout
+            return EventStream(run.stream, run.aclose, send_timeout=timeout, deadline=deadline, headers=headers)
+        try:
+            reply = await first(run.whole(), disconnection(request.receive))
+        finally:
+            await run.aclose()
     return Response(dump_json(reply), headers=headers, media_type="application/json")
 
 
@@ -167,8 +173,9 @@ class _Run:
         await emit({**self._identity, "usage": self._usage()})
 
     async def aclose(self) -> None:
-        for answer in self._answers:
-            await answer.aclose()
+        with anyio.CancelScope(shield=True):
+            for answer in self._answers:
+                await answer.aclose()
 
     async def _outputs(self, pieces: Mapping[int, Piece], *, first: bool) -> list[dict[str, Any]]:
         """`first`: with what is said once, about the input."""

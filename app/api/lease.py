@@ -19,7 +19,9 @@ from app.soft_prompt import SoftPrompt
 class Lease:
     """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
 
-    def __init__(self, pin: Pin | None) -> None:
+    def __init__(self, pin: Pin | None, leave: Callable[[], None] = lambda: None) -> None:
+        """`leave` is called when the engine counts the request itself."""
+        self._leave = leave
         self.version: Version | None = pin.version if pin else None
         self.prompt: SoftPrompt | None = pin.prompt if pin else None
         self._pin = pin
@@ -40,6 +42,7 @@ class Lease:
         salt: str = "",
     ) -> Generation:
         """`Engine.generate` behind this version."""
+        self._leave()
         give_back = self.share()
         try:
             return engine.generate(
@@ -53,6 +56,7 @@ class Lease:
         self, engine: Engine, token_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, salt: str = ""
     ) -> list[list[float]]:
         """`Engine.score` behind this version."""
+        self._leave()
         give_back = self.share()
         try:
             return await engine.score(self.prompt, token_ids, continuations, salt=salt, on_release=give_back)
@@ -85,17 +89,21 @@ async def leased(state: State, task: str | list[str] | None, *, user: str | None
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
     One lease, or one for each member of an ensemble; `user` decides which version of a canary. None and the base
-    model's name give the bare base. Raises what `Registry.pin` raises, and InvalidRequest for an ensemble in which a
-    version stands twice.
+    model's name give the bare base. Raises what `Registry.pin` and `Door.enter` raise, and InvalidRequest for an
+    ensemble in which a version stands twice.
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
     try:
         for reference in task if isinstance(task, list) else [task]:
+            named = reference if reference != state.base.info.name else None
+            # NOTE: only for the room behind it; what counts is what the pin resolves to.
+            leave = state.door.enter(None if named is None else state.registry.resolve(named, user=user).digest)
+            give_back.append(leave)
             pin = None
-            if reference is not None and reference != state.base.info.name:
-                pin = await anyio.to_thread.run_sync(partial(state.registry.pin, reference, user=user))
-            leases.append(Lease(pin))
+            if named is not None:
+                pin = await anyio.to_thread.run_sync(partial(state.registry.pin, named, user=user))
+            leases.append(Lease(pin, leave))
             give_back.append(leases[-1].share())
         # NOTE: not their digests, because versions of two tasks may have the same bytes.
         if len({lease.version and lease.version.reference for lease in leases}) < len(leases):

@@ -1,12 +1,13 @@
 """Server-sent events (WHATWG HTML, section 9.2), pushed: whoever produces an event waits until it is on its way.
 
-A client that leaves, or that stops reading for `send_timeout` seconds, ends the production.
+A client that leaves, or that stops reading for `send_timeout` seconds, ends the production; so does the deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.concurrency import disconnection, first
+from app.api.deadline import until
 from app.api.errors import error_object, unexpected
 from app.api.json_text import dump_json
 from app.errors import SoftpromptError
@@ -44,6 +46,7 @@ class EventStream(Response):
         close: Callable[[], Awaitable[None]],
         *,
         send_timeout: float,
+        deadline: float = math.inf,
         headers: Mapping[str, str],
         ping_interval: float = PING_INTERVAL,
     ) -> None:
@@ -53,6 +56,7 @@ class EventStream(Response):
         self._produce = produce
         self._close = close
         self._send_timeout = send_timeout
+        self._deadline = deadline
         self._ping_interval = ping_interval
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
@@ -71,7 +75,8 @@ class EventStream(Response):
     async def _run(self) -> None:
         await self._write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await self._produce(self._emit)
+            with until(self._deadline):
+                await self._produce(self._emit)
         except _ReaderStalled:
             raise
         except Exception as error:

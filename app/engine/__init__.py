@@ -157,6 +157,10 @@ class Engine(Protocol):
 
     def stop(self) -> None: ...
 
+    def check_room(self, digest: str | None, *, ahead: int = 0) -> None:
+        """Raise Overloaded or NotReady where a request behind that prompt would, were `ahead` others let in before."""
+        ...
+
     def generate(
         self,
         prompt: SoftPrompt | None,

@@ -25,6 +25,7 @@ from app.engine.block_manager import BlockManager
 from app.engine.core import EngineCore, is_fatal
 from app.engine.generation import LocalGeneration, Outbox, post
 from app.engine.host_cache import HostCache
+from app.engine.in_flight import InFlight
 from app.engine.kv_cache import KVCache, default_num_tokens
 from app.engine.limits import Limits
 from app.engine.model_runner import ModelRunner, self_check, self_check_blocks
@@ -33,7 +34,7 @@ from app.engine.restarts import RESTART_DELAY, Restarts
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.engine.weights import decoder_weights
-from app.errors import EngineFailed, InvalidRequest, NotReady, Overloaded
+from app.errors import EngineFailed, InvalidRequest, NotReady
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,6 @@ class LocalEngine:
         if trainable:
             raise ValueError(f"the base model must be frozen; {trainable[0]} requires grad")
         self._info = info
-        self._max_in_flight = max_num_seqs + max_waiting
         fused = decoder_weights(model, info.max_model_len) is not None
         self._block_size = block_size = preferred_block_size(
             model.device, model.dtype, BLOCK_SIZE, head_dim=info.head_dim, fused=fused
@@ -104,10 +104,10 @@ class LocalEngine:
         self._restarts = Restarts(restart_delay)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._door = threading.Lock()  # guards the three below; held for a moment only
+        self._door = threading.Lock()  # guards the next three; held for a moment only
         self._open = False
         self._stopping = threading.Event()
-        self._num_in_flight = 0
+        self._in_flight = InFlight(max_num_seqs + max_waiting)
         self._score_ids = itertools.count()
         self._last_turn = time.monotonic()
 
@@ -158,6 +158,12 @@ class LocalEngine:
         if self._thread is not None:
             self._thread.join()
         torch.set_num_threads(self._num_torch_threads)
+
+    def check_room(self, digest: str | None, *, ahead: int = 0) -> None:
+        """See `Engine.check_room`."""
+        with self._door:
+            self._check_open()
+            self._in_flight.check(digest, ahead=ahead)
 
     def generate(
         self,
@@ -246,9 +252,11 @@ class LocalEngine:
     # -- at the door -----------------------------------------------------------------------------------------------
 
     def _submit(self, sequence: GenerationSequence | ContextSequence, on_release: Callable[[], None] | None) -> None:
+        digest = sequence.prompt.digest if sequence.prompt else None
+
         def release() -> None:
             with self._door:
-                self._num_in_flight -= 1
+                self._in_flight.remove(digest)
             try:
                 if on_release is not None:
                     on_release()
@@ -256,14 +264,16 @@ class LocalEngine:
                 log.exception("on_release failed")
 
         with self._door:
-            if self._num_in_flight >= self._max_in_flight:
-                raise Overloaded(f"{self._num_in_flight} requests are in flight, which is the limit")
+            self._in_flight.check(digest)
             self._enter(lambda: self._core.add(sequence, release))
-            self._num_in_flight += 1
+            self._in_flight.add(digest)
 
-    def _enter(self, command: Callable[[], None]) -> None:
+    def _check_open(self) -> None:
         if not self._open:
             raise NotReady("the engine is not running")
+
+    def _enter(self, command: Callable[[], None]) -> None:
+        self._check_open()
         self._inbox.put(command)
 
     # -- the engine thread -----------------------------------------------------------------------------------------
