@@ -51,7 +51,8 @@ class Harness:
         base = tiny_base("llama")
         engine = FakeEngine(base.tokenizer(answer)["input_ids"])
         registry = Registry(Store(root), base.info)
-        chosen = Settings(registry=root, **settings)
+        # The client's host is "testserver".
+        chosen = Settings(registry=root, **{"allowed_hosts": ("*",), **settings})
         return cls(chosen, engine, registry, base, create_app(chosen, engine, registry, base))
 
     def publish(self, task: str, content: float = 0.5, **manifest: Any) -> Published:

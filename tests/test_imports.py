@@ -18,9 +18,9 @@ LAYERS = [
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine"},
-    {"train"},
+    {"train", "access"},
     {"api"},
-    {"main", "cli_train"},
+    {"main", "cli_train", "cli_keys"},
     {"cli"},
 ]
 WEB = {
@@ -39,6 +39,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
     "engine/waiting": {"torch", "transformers", "numpy"},
+    "access": WEB | {"torch", "transformers"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
 

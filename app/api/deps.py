@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.access import Access
 from app.api.concurrency import Room
 from app.api.logprobs import TokenTexts
 from app.base_model import BaseModel
@@ -46,6 +47,7 @@ class State:
     base: BaseModel
     readiness: Readiness
     constraints: ConstraintCompiler
+    access: Access
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
 

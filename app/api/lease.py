@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 
+from app.access import Caller
 from app.api.deps import State
 from app.engine import Constraint, Engine, Generation, SamplingParams
 from app.errors import InvalidRequest
@@ -80,17 +81,19 @@ class Lease:
 
 
 @asynccontextmanager
-async def leased(state: State, task: str | list[str] | None) -> AsyncIterator[list[Lease]]:
+async def leased(state: State, caller: Caller, task: str | list[str] | None) -> AsyncIterator[list[Lease]]:
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
     One lease, or one for each member of an ensemble. None and the base model's name give the bare base. Raises what
-    `Registry.pin` raises, and InvalidRequest for an ensemble in which a version stands twice.
+    `Registry.pin` raises, ReferenceNotFound also for what the caller may not know of, and InvalidRequest for an
+    ensemble in which a version stands twice.
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
     try:
         for reference in task if isinstance(task, list) else [task]:
             pin = None
+            caller.check_reference(reference, state.base.info.name)
             if reference is not None and reference != state.base.info.name:
                 pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
             leases.append(Lease(pin))

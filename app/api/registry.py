@@ -10,6 +10,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Body, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
@@ -41,12 +42,16 @@ VersionDep = Annotated[Version, Depends(_find_version)]
 
 
 @router.get("", response_model=Page[TaskReply])
-async def list_tasks(state: StateDep, limit: Limit = 100, after: After = None, tag: Tag = None) -> Any:
+async def list_tasks(
+    state: StateDep, caller: CallerDep, limit: Limit = 100, after: After = None, tag: Tag = None
+) -> Any:
     """Tasks by name; with `tag`, those of which a version has it."""
     tasks = [
         task
         for task in state.registry.tasks()
-        if (after is None or task.name > after) and any(_has_tag(version, tag) for version in task.versions.values())
+        if caller.sees(task.name)
+        and (after is None or task.name > after)
+        and any(_has_tag(version, tag) for version in task.versions.values())
     ]
     return paged([_task_reply(task) for task in tasks], limit)
 
@@ -57,10 +62,10 @@ async def get_task(task: str, state: StateDep) -> Any:
 
 
 @router.delete("/{task}", response_model=Deleted)
-async def delete_task(task: str, state: StateDep) -> Any:
+async def delete_task(task: str, state: StateDep, caller: CallerDep) -> Any:
     """Delete a task and all its versions. Refused with 412 while it has an alias besides `latest`."""
     versions = list(state.registry.task(task).versions.values())
-    await anyio.to_thread.run_sync(state.registry.delete_task, task)
+    await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
     for version in versions:
         await _unload(state.engine, version)
     return {"id": task, "object": "task", "deleted": True}
@@ -90,16 +95,20 @@ async def publish_version(
     task: str,
     request: Request,
     state: StateDep,
+    caller: CallerDep,
     alias: Annotated[str, Query(description="The alias to move; empty: none")] = DEFAULT_ALIAS,
 ) -> Response:
     """Publish a PEFT checkpoint as a new version, tried on the base model first."""
     check_task_name(task)
     if alias:
         check_alias_name(alias)
+        if alias != DEFAULT_ALIAS:
+            caller.check_scope("aliases:write")
     upload = await read_upload(request, state.settings.max_upload_bytes)
     checkpoint = await anyio.to_thread.run_sync(_check, upload, state.base.info)
     await _try_out(state.engine, checkpoint.prompt)
-    published = await anyio.to_thread.run_sync(partial(state.registry.publish, task, checkpoint, alias=alias or None))
+    publish = partial(state.registry.publish, task, checkpoint, alias=alias or None, actor=caller.actor)
+    published = await anyio.to_thread.run_sync(publish)
     version = published.version
     reply = {**_version_reply(version, state.registry), "warnings": list(published.warnings)}
     headers = {"Location": f"/v1/tasks/{task}/versions/{version.number}", "ETag": etag(version.digest)}
@@ -112,9 +121,10 @@ async def get_version(version: VersionDep, state: StateDep) -> Any:
 
 
 @router.delete("/{task}/versions/{version}", response_model=Deleted)
-async def delete_version(version: VersionDep, state: StateDep) -> Any:
+async def delete_version(version: VersionDep, state: StateDep, caller: CallerDep) -> Any:
     """Delete a version; requests that use it finish. Refused with 412 while an alias names it."""
-    await anyio.to_thread.run_sync(state.registry.delete_version, version.task, version.number)
+    delete = partial(state.registry.delete_version, version.task, version.number, actor=caller.actor)
+    await anyio.to_thread.run_sync(delete)
     await _unload(state.engine, version)
     return {"id": version.reference, "object": "version", "deleted": True}
 
@@ -158,13 +168,13 @@ async def put_alias(
     request: Request,
     body: Annotated[AliasRequest, Body(openapi_examples=_ALIAS_EXAMPLES)],
     state: StateDep,
+    caller: CallerDep,
 ) -> Response:
     """Point an alias at a version, by compare-and-swap: If-Match, or If-None-Match: * for a new alias."""
     current = state.registry.task(task).aliases.get(alias)
     expected = expected_etag(request, current.etag if current else None)
-    moved = await anyio.to_thread.run_sync(
-        partial(state.registry.move_alias, task, alias, body.version, expected=expected)
-    )
+    move = partial(state.registry.move_alias, task, alias, body.version, expected=expected, actor=caller.actor)
+    moved = await anyio.to_thread.run_sync(move)
     return _alias_reply(task, moved, created=expected is None)
 
 
