@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, TimeoutError
 
 from app.config import Settings
 from app.errors import InvalidSettings, NotReady
@@ -127,7 +127,7 @@ def _engine(url: sa.URL, file: Path | None) -> sa.Engine:
 def _failures() -> Iterator[None]:
     try:
         yield
-    except SQLAlchemyError as error:
+    except (DBAPIError, TimeoutError) as error:
         # The driver's own words may hold an address: for the log, not for a client.
         logger.warning("the database of keys failed: %s", type(error.__cause__ or error).__name__)
         logger.debug("the database of keys failed", exc_info=error)

@@ -103,7 +103,8 @@ def _count_up(connection: sa.Connection) -> None:
 
 def _row(key: Key) -> dict[str, Any]:
     row = asdict(key)
-    return {**row, **row.pop("limits"), "scopes": sorted(key.scopes), "tasks": key.tasks and list(key.tasks)}
+    del row["limits"]
+    return {**row, **asdict(key.limits), "scopes": sorted(key.scopes), "tasks": key.tasks and list(key.tasks)}
 
 
 def _key(row: Any) -> Key:

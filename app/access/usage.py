@@ -81,7 +81,7 @@ def write_usage(database: Database, batch: Batch, day: int) -> dict[str, int]:
 def read_usage(connection: sa.Connection, day: int) -> dict[str, int]:
     """Tokens by key on a day."""
     found = sa.select(tables.usage.c.key_id, tables.usage.c.tokens).where(tables.usage.c.day == day)
-    return dict(connection.execute(found).tuples().all())
+    return {row.key_id: row.tokens for row in connection.execute(found)}
 
 
 def _add(connection: sa.Connection, key_id: str, day: int, tokens: int) -> None:
