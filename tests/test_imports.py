@@ -94,3 +94,9 @@ def test_the_engine_runs_without_the_web() -> None:
     script = "import sys, app.engine.local; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"fastapi", "starlette", "pydantic_settings", "uvicorn", "typer"}
+
+
+def test_keys_are_made_without_a_model() -> None:
+    script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}

@@ -137,6 +137,7 @@ class Access:
         finally:
             stop.set()
             await polling
+            self._database.close()
 
     async def refresh(self) -> None:
         """Read the keys now, once for all who ask meanwhile. A database that fails leaves what is known."""

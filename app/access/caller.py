@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from app.access.key import Key, Scope
 from app.access.meter import Meter
 from app.errors import PermissionDenied, SoftpromptError
-from app.registry.reference import not_found, parse_reference
 
 ANONYMOUS = "anonymous"
 
@@ -37,18 +36,6 @@ class Caller:
         """Raises PermissionDenied. None is what every key may do."""
         if self.key is not None and scope is not None and not self.key.has(scope):
             raise PermissionDenied(f"this key lacks the scope {scope}")
-
-    def check_task(self, name: str) -> None:
-        """Raises the ReferenceNotFound of names that nobody has."""
-        if not self.sees(name):
-            raise not_found()
-
-    def check_reference(self, reference: str | None, base_name: str) -> None:
-        """The same for a reference; None is the bare base model, which has a name of its own."""
-        if reference is None or reference == base_name:
-            self.check_task(base_name)
-        elif self.key is not None and self.key.tasks is not None:
-            self.check_task(parse_reference(reference).task)
 
     def salt(self, cache_salt: str | None) -> str:
         """Under which text is cached: one for each pair of tenant and `cache_salt`, whatever they are made of."""

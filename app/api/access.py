@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from app.access import Caller
 from app.api.deps import get_state
 from app.api.scopes import ANY_KEY, NEEDS, PUBLIC
+from app.api.visible import check_reference, check_task
 from app.errors import AuthenticationRequired, PermissionDenied
 
 
@@ -35,9 +36,9 @@ async def authorise(request: Request) -> Caller:
         raise PermissionDenied("this route is open to nobody")
     caller.check_scope(None if needs == ANY_KEY else needs)
     if "task" in request.path_params:
-        caller.check_task(request.path_params["task"])
+        check_task(caller, request.path_params["task"])
     if "reference" in request.path_params:
-        caller.check_reference(request.path_params["reference"], state.base.info.name)
+        check_reference(caller, request.path_params["reference"], state.base.info.name)
     request.state.admitted = caller
     return caller
 

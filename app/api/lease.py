@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from app.access import Caller
 from app.api.deps import State
+from app.api.visible import check_reference
 from app.engine import Constraint, Engine, Generation, SamplingParams
 from app.errors import InvalidRequest
 from app.registry import Pin, Version
@@ -93,7 +94,7 @@ async def leased(state: State, caller: Caller, task: str | list[str] | None) -> 
     try:
         for reference in task if isinstance(task, list) else [task]:
             pin = None
-            caller.check_reference(reference, state.base.info.name)
+            check_reference(caller, reference, state.base.info.name)
             if reference is not None and reference != state.base.info.name:
                 pin = await anyio.to_thread.run_sync(state.registry.pin, reference)
             leases.append(Lease(pin))
