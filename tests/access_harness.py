@@ -34,7 +34,9 @@ class KeyedHarness(Harness):
     clock: Clock
 
     @classmethod
-    def keyed(cls, root: Path, *, api_key: str | None = None, clock: Clock | None = None, **access: Any) -> KeyedHarness:
+    def keyed(
+        cls, root: Path, *, api_key: str | None = None, clock: Clock | None = None, **access: Any
+    ) -> KeyedHarness:
         """Nothing is made until the first key is."""
         plain = Harness.create(root)
         clock = clock or Clock()

@@ -43,7 +43,9 @@ def postgres() -> Iterator[str]:
     # Short: the path of a socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     folder.chmod(0o777)
-    made = subprocess.run([*prefix, "initdb", "-D", folder / "data", "-U", "keys", "-A", "trust", "-N"], capture_output=True)
+    made = subprocess.run(
+        [*prefix, "initdb", "-D", folder / "data", "-U", "keys", "-A", "trust", "-N"], capture_output=True
+    )
     if made.returncode != 0:
         shutil.rmtree(folder, ignore_errors=True)
         pytest.skip(f"initdb failed: {made.stderr.decode()[-200:]}")

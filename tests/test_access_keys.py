@@ -59,7 +59,10 @@ def test_every_wrong_key_gets_the_same_reply(harness: KeyedHarness, client: Test
         *(bearer(""), bearer(" "), {"Authorization": ""}, {"Authorization": "Bearer"}, {"Authorization": secret}),
         *(bearer(secret[:-1]), bearer(secret + "x"), bearer(secret.upper()), bearer(hash_secret(secret))),
         *(bearer(harness.key_id(good)), bearer(f"{secret},{secret}"), bearer(f"{secret} {secret}")),
-        *({"Authorization": f"Basic {secret}"}, {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}),
+        *(
+            {"Authorization": f"Basic {secret}"},
+            {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"},
+        ),
         *({"x-api-key": "wrong"}, {"Cookie": f"Authorization=Bearer {secret}"}, {"api-key": secret}),
         bearer("s" * 2**20),
         *(bearer(jwt(alg="none")), bearer(jwt(alg="HS256", kid="../../../dev/null")), bearer(jwt(alg="RS256"))),

@@ -115,7 +115,16 @@ def test_tokens_hold_up_generation_alone() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0ms"), (0.0004, "1ms"), (0.02, "20ms"), (1, "1s"), (1.5, "1.5s"), (60, "1m0s"), (360, "6m0s"), (3600, "1h0m0s")],
+    [
+        (0, "0ms"),
+        (0.0004, "1ms"),
+        (0.02, "20ms"),
+        (1, "1s"),
+        (1.5, "1.5s"),
+        (60, "1m0s"),
+        (360, "6m0s"),
+        (3600, "1h0m0s"),
+    ],
 )
 def test_durations_as_openai_writes_them(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown

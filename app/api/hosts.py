@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from app.api.errors import problem
 from app.config import Settings
 from app.errors import InvalidRequest
 
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::[0-9]*)?")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -50,6 +52,6 @@ class HostMiddleware:
 
 
 def _name(header: str) -> str:
-    """Without the port, in lower case; an IPv6 address keeps its brackets."""
-    end = header.find("]") + 1 if header.startswith("[") else header.find(":")
-    return (header[:end] if end >= 0 else header).lower()
+    """Without the port, in lower case; an IPv6 address keeps its brackets. "" for what is no Host header."""
+    match = _HOST.fullmatch(header)
+    return match[1].lower() if match else ""
