@@ -1,7 +1,8 @@
 # softprompt: one frozen base model, many soft prompts, chosen per request.
 #
 #   docker build -t softprompt .
-#   docker run --read-only -p 127.0.0.1:8000:8000 -v prompts:/data/prompts -v cache:/data/cache softprompt
+#   docker run --read-only -p 127.0.0.1:8000:8000 -e SOFTPROMPT_API_KEY=... \
+#       -v prompts:/data/prompts -v cache:/data/cache softprompt
 #
 # The image has no model inside: the first start fetches it into the cache volume (93 MB) and converts it, so the
 # image stays small, one cache serves many containers, and SOFTPROMPT_MODEL can name another model.
@@ -41,8 +42,8 @@ COPY --from=builder /opt/softprompt /opt/softprompt
 # A fresh named volume starts with the shipped prompts.
 COPY --chown=10001:10001 prompts /data/prompts
 # Only the two volumes are ever written, temporary files included, so the root file system can be read-only.
-# The server listens on all addresses of the container: publish the port to loopback, as above, or put something
-# that authenticates in front of it.
+# The server listens on all addresses of the container, and so refuses to start without a key: SOFTPROMPT_API_KEY,
+# one of `softprompt keys create`, or SOFTPROMPT_INSECURE=true where only you reach the published port.
 ENV PATH=/opt/softprompt/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/data/cache \
     TMPDIR=/data/cache \

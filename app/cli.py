@@ -1,4 +1,4 @@
-"""The command line: serve, model, train, eval, import, export."""
+"""The command line: serve, model, train, eval, import, export, keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__
+from app import __version__, cli_keys
 from app.config import Settings
 from app.errors import SoftpromptError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
 app.add_typer(model_app, name="model")
+app.add_typer(cli_keys.app, name="keys")
 
 out, err = Console(), Console(stderr=True)
 
@@ -59,9 +60,10 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
 ) -> None:
     """Serve the HTTP API."""
-    settings = Settings.load(host=host, port=port, model=model, registry=registry)
+    settings = Settings.load(host=host, port=port, model=model, registry=registry, insecure=insecure or None)
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
     run(settings)

@@ -7,16 +7,31 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import InvalidSettings
 
 PREFIX = "SOFTPROMPT_"
+SECRETS = ("api_key", "database")  # never repeated, not even where they are wrong
 
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _sendable(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if not (16 <= len(text) <= 500 and text.isascii() and text.isprintable() and " " not in text):
+        raise ValueError("16 to 500 characters, printable ASCII without spaces")
+    return secret
+
+
+List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 def default_cache_dir() -> Path:
@@ -43,6 +58,24 @@ class Settings(BaseSettings):
         default_factory=default_cache_dir, description="Folder for fetched and converted base models"
     )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on")
+    insecure: bool = Field(False, description="Listen on an address that is not loopback without any key")
+    api_key: Annotated[SecretStr, AfterValidator(_sendable)] | None = Field(
+        None, description="One key with every scope, beside those of `softprompt keys`; never printed"
+    )
+    database: SecretStr | None = Field(
+        None,
+        description="SQLAlchemy URL of the keys' database, e.g. postgresql+psycopg://...; default: a SQLite file in "
+        "the registry's folder, made with the first key",
+    )
+    audit_rows: Positive = Field(100_000, description="Entries that the audit log keeps, of changes and of refusals")
+    allowed_hosts: List = Field(
+        (),
+        description="Host headers that are answered, comma-separated, `*.example.org` and `*` too; default: on a "
+        "loopback address the names of this machine for itself, else any",
+    )
+    cors_origins: List = Field(
+        (), description="Origins whose pages may call this server, comma-separated; default: none"
+    )
     port: int = Field(
         8000,
         ge=0,
@@ -129,4 +162,5 @@ def _line(problem: Any, given: dict[str, Any]) -> str:
     if field == "port" and name not in os.environ and field not in given:
         name = "PORT"
     reason = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{name} is {problem['input']!r}: {reason}"
+    given_as = "set" if field in SECRETS else repr(problem["input"])
+    return f"{name} is {given_as}: {reason}"

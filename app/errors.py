@@ -4,6 +4,8 @@
   + RequestError
     - InvalidRequest          400  a parameter is wrong; `param` names it
     - ContextLengthExceeded   400  virtual tokens + text + answer do not fit
+    - AuthenticationRequired  401  no key, or one that is unknown, expired or revoked
+    - PermissionDenied        403  the key lacks a scope
     - ReferenceNotFound       404  unknown task, version, alias or file
     - RequestTimeout          408  the client sends too slowly
     - PreconditionFailed      412  an If-Match is stale, or an alias still names the version
@@ -13,6 +15,7 @@
     - InvalidTrainingData     422
     - InvalidRecipe           422
     - PreconditionRequired    428
+    - RateLimited             429  the caller's own limit
     - HeadTooLarge            431
   + ServerError
     - NumericalError          500  this request's logits were not finite
@@ -29,6 +32,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -38,7 +42,8 @@ class SoftpromptError(Exception):
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
     code: str = "internal_error"
-    retry_after: ClassVar[int | None] = None  # seconds, sent as Retry-After
+    headers: ClassVar[Mapping[str, str]] = {}
+    retry_after: int | None = None  # seconds, sent as Retry-After
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -63,6 +68,21 @@ class InvalidRequest(RequestError):
 class ContextLengthExceeded(RequestError):
     title = "Context length exceeded"
     code = "context_length_exceeded"
+
+
+class AuthenticationRequired(RequestError):
+    """One message for every cause: a stranger learns nothing about a key."""
+
+    status = 401
+    title = "Authentication required"
+    code = "invalid_api_key"
+    headers = {"WWW-Authenticate": "Bearer"}
+
+
+class PermissionDenied(RequestError):
+    status = 403
+    title = "Permission denied"
+    code = "permission_denied"
 
 
 class ReferenceNotFound(RequestError):
@@ -123,6 +143,18 @@ class PreconditionRequired(RequestError):
     status = 428
     title = "Precondition required"
     code = "precondition_required"
+
+
+class RateLimited(RequestError):
+    """`retry_after`: seconds after which the request would have been let in, had nobody else used the key."""
+
+    status = 429
+    title = "Too many requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class HeadTooLarge(RequestError):

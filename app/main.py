@@ -12,22 +12,27 @@ from typing import Any, TypedDict
 
 import anyio.to_thread
 import torch
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from app import __version__
-from app.api import aliases, classify, errors, generate, inspection, models, ops
+from app.access import Access
+from app.api import aliases, audit, classify, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
+from app.api.access import authorise
 from app.api.deps import Readiness, State
+from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
 from app.api.request_id import RequestIdMiddleware
 from app.api.schemas import Problem
 from app.api.server import Server, bind
+from app.api.settle import SettleMiddleware
 from app.base_model import BaseModel, load_base_model
 from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
-from app.errors import EngineFailed
+from app.errors import EngineFailed, InvalidSettings
 from app.local_engine import local_engine
 from app.registry import Registry, Store
 
@@ -36,7 +41,6 @@ log = logging.getLogger(__name__)
 REFRESH_INTERVAL = 1.0  # seconds until a version that another process published is seen
 COLLECT_INTERVAL = 600.0  # seconds
 SWEEP_INTERVAL = 3600.0  # seconds between two looks for what writers that died have left
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _DESCRIPTION = """One frozen base model, many soft prompts. A request names a task by a reference: `task`,
 `task:7`, `task@alias` or `task@sha256:<digest>`; without one the bare base model answers."""
@@ -46,20 +50,35 @@ _PROBLEM: dict[str, Any] = {
 }
 
 
+_CORS: dict[str, Any] = {  # without credentials: keys are sent by scripts, not by browsers of themselves
+    "allow_methods": ["GET", "POST", "PUT", "DELETE"],
+    "allow_headers": ["Authorization", "X-Api-Key", "X-Request-Id", "If-Match", "If-None-Match"],
+    "expose_headers": [
+        *("ETag", "Location", "Retry-After", "X-Request-Id", "X-Prompt-Version", "X-Prompt-Digest"),
+        *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+    ],
+}
+
+
 class LifespanState(TypedDict):
     """What the lifespan puts into every request's state."""
 
     server: State
 
 
-def create_app(settings: Settings, engine: Engine, registry: Registry, base: BaseModel) -> FastAPI:
+def create_app(
+    settings: Settings, engine: Engine, registry: Registry, base: BaseModel, access: Access | None = None
+) -> FastAPI:
     """The application over parts that are ready; its lifespan stops the engine at the end.
+
+    `access` is by default what the settings name.
 
     `app.state.readiness` lets the server that runs it announce that it drains.
     """
     readiness = Readiness(engine)
     constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
-    state = State(settings, engine, registry, base, readiness, constraints, started_at=int(time.time()))
+    access = access or Access.open(settings)
+    state = State(settings, engine, registry, base, readiness, constraints, access, started_at=int(time.time()))
 
     def collect() -> None:
         registry.collect(retention=settings.deleted_retention)
@@ -72,7 +91,8 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
             asyncio.create_task(_repeat(SWEEP_INTERVAL, registry.sweep, "swept")),
         ]
         try:
-            yield {"server": state}
+            async with access.running():
+                yield {"server": state}
         finally:
             for chore in chores:
                 chore.cancel()
@@ -85,6 +105,7 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        dependencies=[Depends(authorise)],
         # A redirect would be built from the Host header.
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
@@ -92,9 +113,14 @@ def create_app(settings: Settings, engine: Engine, registry: Registry, base: Bas
         swagger_ui_parameters={"validatorUrl": None},
     )
     app.state.readiness = readiness
+    # The last one is the outermost.
+    app.add_middleware(SettleMiddleware)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **_CORS)
+    app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, classify, models, registry_routes, aliases, inspection, ops):
+    for module in (generate, classify, models, registry_routes, aliases, inspection, audit, ops):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     return app
 
@@ -105,8 +131,8 @@ def serve(settings: Settings) -> None:
     Raises InvalidSettings, InvalidBaseModel, NotReady, and EngineFailed if the engine could not be kept alive.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if settings.host not in LOOPBACK:
-        log.warning("listening on %s: whoever reaches this address can use and change every prompt", settings.host)
+    access = Access.open(settings)
+    _check_exposure(settings, access)
     listener = bind(settings.host, settings.port, stall_timeout=settings.send_timeout)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -120,7 +146,7 @@ def serve(settings: Settings) -> None:
     registry = Registry(Store(settings.registry), base.info)
     engine = local_engine(settings, base)
     engine.start()
-    app = create_app(settings, engine, registry, base)
+    app = create_app(settings, engine, registry, base, access)
     greeting = f"(base {base.info.name}, {len(registry.tasks())} tasks)"
     server = Server(
         app,
@@ -137,6 +163,17 @@ def serve(settings: Settings) -> None:
     server.run()
     if engine.stats().given_up:
         raise EngineFailed("the engine died again and again; the log has the errors")
+
+
+def _check_exposure(settings: Settings, access: Access) -> None:
+    if not access.is_open or is_loopback(settings.host):
+        return
+    if not settings.insecure:
+        raise InvalidSettings(
+            f"host is {settings.host!r}, where others reach it, and there is no key: make one with "
+            "`softprompt keys create`, set SOFTPROMPT_API_KEY, or start with --insecure"
+        )
+    log.warning("listening on %s: whoever reaches this address can use and change every prompt", settings.host)
 
 
 async def _repeat(interval: float, chore: Callable[[], object], done: str) -> None:

@@ -175,11 +175,11 @@ def build(text: str, build_args: dict[str, str], work: Path) -> Stage:
     return stage
 
 
-def ask(port: int, body: dict[str, Any]) -> dict[str, Any]:
+def ask(port: int, key: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/generate",
         json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=120) as reply:
@@ -207,6 +207,12 @@ def check(stage: Stage, work: Path) -> None:
 
     if healthy():
         sys.exit("docker_check: the health check passes without a server")
+    if stage.start([*stage.entrypoint, *stage.command], env=env).wait(START_SECONDS) != 1:
+        sys.exit("docker_check: without a key the server must refuse to listen beyond the loopback address")
+    made = stage.start([*stage.entrypoint, "keys", "create", "check"], env=env, stdout=subprocess.PIPE)
+    key = made.communicate()[0].decode().strip()
+    if made.returncode != 0 or not key.startswith("sk-"):
+        sys.exit("docker_check: a key could not be made")
     began = time.monotonic()
     server = stage.start([*stage.entrypoint, *stage.command], env=env)
     try:
@@ -217,9 +223,10 @@ def check(stage: Stage, work: Path) -> None:
                 sys.exit(f"docker_check: not healthy after {START_SECONDS} s")
             time.sleep(1)
         print(f"--- healthy after {time.monotonic() - began:.0f} s", flush=True)
-        tasks = sorted(path.name for path in stage.inside(env["SOFTPROMPT_REGISTRY"]).iterdir() if path.is_dir())
+        folders = [path for path in stage.inside(env["SOFTPROMPT_REGISTRY"]).iterdir() if path.is_dir()]
+        tasks = sorted(path.name for path in folders if not path.name.startswith("."))
         for body in [{}, *({"task": task} for task in tasks[:1])]:
-            answer = ask(port, body | {"input": "The capital of France is", "max_tokens": 8, "temperature": 0})
+            answer = ask(port, key, body | {"input": "The capital of France is", "max_tokens": 8, "temperature": 0})
             print(f"--- {body or 'base model'}: {answer['outputs'][0]['text']!r}", flush=True)
             if answer["usage"]["completion_tokens"] < 1:
                 sys.exit("docker_check: the answer has no tokens")

@@ -51,7 +51,8 @@ class Harness:
         base = tiny_base("llama")
         engine = FakeEngine(base.tokenizer(answer)["input_ids"])
         registry = Registry(Store(root), base.info)
-        chosen = Settings(registry=root, **settings)
+        # The client's host is "testserver".
+        chosen = Settings(registry=root, **{"allowed_hosts": ("*",), **settings})
         return cls(chosen, engine, registry, base, create_app(chosen, engine, registry, base))
 
     def publish(self, task: str, content: float = 0.5, **manifest: Any) -> Published:
@@ -111,10 +112,17 @@ class Listening:
     thread: threading.Thread
     port: int
 
-    def post(self, path: str, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any],
+        receive_buffer: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> socket.socket:
         """A socket on which the request has been sent and nothing has been read."""
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         connection = socket.socket()
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)

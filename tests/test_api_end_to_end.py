@@ -34,15 +34,21 @@ NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    return Registry(Store(tmp_path_factory.mktemp("end") / "prompts"), BASE.info)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("end") / "prompts"
 
 
 @pytest.fixture(scope="module")
-def client(registry: Registry) -> Iterator[TestClient]:
+def registry(root: Path) -> Registry:
+    return Registry(Store(root), BASE.info)
+
+
+@pytest.fixture(scope="module")
+def client(root: Path, registry: Registry) -> Iterator[TestClient]:
     engine = LocalEngine(BASE.model, BASE.info, max_num_seqs=8, kv_cache_tokens=4096)
     engine.start()
-    with TestClient(create_app(Settings(), engine, registry, BASE)) as client:
+    settings = Settings(registry=root, allowed_hosts=("*",))
+    with TestClient(create_app(settings, engine, registry, BASE)) as client:
         yield client
 
 

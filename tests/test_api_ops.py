@@ -128,6 +128,7 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
         "get /v1/tasks/{task}/versions/{version}/files/{name}": "get_file",
         "get /v1/tasks/{task}/aliases/{alias}": "get_alias",
         "put /v1/tasks/{task}/aliases/{alias}": "put_alias",
+        "get /v1/audit": "list_audit",
         "get /livez": "livez",
         "get /readyz": "readyz",
         "get /health": "health",

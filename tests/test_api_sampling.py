@@ -71,7 +71,7 @@ def test_every_field_reaches_the_sampler(harness: Harness, client: TestClient) -
         logit_bias={7: -100.0, 0: 1.5},
         stop_token_ids=frozenset({3, 4}),
     )
-    assert call.salt == "tenant"
+    assert call.salt == "0:tenant"
     post(client, input="x", stop_token_ids=[3])
     assert harness.engine.calls[-1].params.stop_token_ids == harness.base.eos_token_ids | {3}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.config import Settings, variables
+from app.config import SECRETS, Settings, variables
 from app.errors import InvalidSettings
 
 
@@ -26,12 +26,35 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_field_can_be_set_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"device": "cuda:1", "dtype": "float16", "quantization": "int8", "log_level": "debug"}
+    values = {"device": "cuda:1", "dtype": "float16", "quantization": "int8", "log_level": "debug", "insecure": "True"}
+    values |= dict.fromkeys(SECRETS, "0123456789abcdef")
     for variable, field in variables().items():
         monkeypatch.setenv(variable, values.get(field, "12345"))
     settings = Settings.load()
     for field in Settings.model_fields:
-        assert str(getattr(settings, field)).removesuffix(".0") == values.get(field, "12345"), field
+        value = getattr(settings, field)
+        if field in SECRETS:
+            value = value.get_secret_value()
+        elif isinstance(value, tuple):
+            (value,) = value
+        assert str(value).removesuffix(".0") == values.get(field, "12345"), field
+
+
+def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTPROMPT_CORS_ORIGINS", "https://a.example, https://b.example:8443,")
+    assert Settings.load().cors_origins == ("https://a.example", "https://b.example:8443")
+
+
+@pytest.mark.parametrize("key", ["short-secret", "with a blank in it, and long", "ключ-ключ-ключ-ключ", "k" * 501])
+def test_secrets_are_never_repeated(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SOFTPROMPT_API_KEY", key)
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.load()
+    assert caught.value.message.startswith("SOFTPROMPT_API_KEY is set: ") and key not in caught.value.message
+    monkeypatch.setenv("SOFTPROMPT_API_KEY", "sk-very-secret-indeed")
+    monkeypatch.setenv("SOFTPROMPT_DATABASE", "postgresql+psycopg://me:sesame@db/keys")
+    shown = repr(Settings.load())
+    assert "secret-indeed" not in shown and "sesame" not in shown
 
 
 def test_port_variables_and_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

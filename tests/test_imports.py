@@ -18,9 +18,9 @@ LAYERS = [
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
-    {"train"},
+    {"train", "access"},
     {"api"},
-    {"main", "cli_train", "cli_registry"},
+    {"main", "cli_train", "cli_registry", "cli_keys"},
     {"cli"},
 ]
 WEB = {
@@ -39,6 +39,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
     "engine/waiting": {"torch", "transformers", "numpy"},
+    "access": WEB | {"torch", "transformers"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
 
@@ -93,3 +94,9 @@ def test_the_engine_runs_without_the_web() -> None:
     script = "import sys, app.engine.local; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"fastapi", "starlette", "pydantic_settings", "uvicorn", "typer"}
+
+
+def test_keys_are_made_without_a_model() -> None:
+    script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}

@@ -10,6 +10,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
+from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
@@ -46,6 +47,7 @@ async def put_alias(
     request: Request,
     body: Annotated[AliasRequest, Body(openapi_examples=_ALIAS_EXAMPLES)],
     state: StateDep,
+    caller: CallerDep,
 ) -> Response:
     """Point an alias at a version, or at several by weight, by compare-and-swap.
 
@@ -54,23 +56,29 @@ async def put_alias(
     current = state.registry.task(task).aliases.get(alias)
     expected = expected_etag(request, current.etag if current else None)
     versions = {int(number): weight for number, weight in (body.weights or {}).items()} or body.version or 0
-    moved = await anyio.to_thread.run_sync(partial(state.registry.move_alias, task, alias, versions, expected=expected))
+    moved = await anyio.to_thread.run_sync(
+        partial(state.registry.move_alias, task, alias, versions, expected=expected, actor=caller.actor)
+    )
     return _alias_reply(task, moved, created=expected is None)
 
 
 @router.delete("/aliases/{alias}", response_model=Deleted)
-async def delete_alias(task: str, alias: str, request: Request, state: StateDep) -> Any:
+async def delete_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Any:
     """Remove an alias, by compare-and-swap: If-Match. The versions it names stay."""
     expected = _seen_etag(state.registry, task, alias, request)
-    await anyio.to_thread.run_sync(partial(state.registry.remove_alias, task, alias, expected=expected))
+    await anyio.to_thread.run_sync(
+        partial(state.registry.remove_alias, task, alias, expected=expected, actor=caller.actor)
+    )
     return {"id": f"{task}@{alias}", "object": "alias", "deleted": True}
 
 
 @router.post("/aliases/{alias}:rollback", response_model=AliasReply)
-async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep) -> Response:
+async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Response:
     """Point an alias at what it was before its last move, by compare-and-swap: If-Match. Again goes a step further."""
     expected = _seen_etag(state.registry, task, alias, request)
-    moved = await anyio.to_thread.run_sync(partial(state.registry.roll_back_alias, task, alias, expected=expected))
+    moved = await anyio.to_thread.run_sync(
+        partial(state.registry.roll_back_alias, task, alias, expected=expected, actor=caller.actor)
+    )
     return _alias_reply(task, moved)
 
 

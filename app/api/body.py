@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from python_multipart.multipart import parse_options_header
 
+from app.api.access import authorise
 from app.api.deps import get_state
 from app.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
 from app.strict_json import parse_object
@@ -76,6 +77,7 @@ class JsonRoute(APIRoute):
             return handle
 
         async def read_first(request: Request) -> Response:
+            await authorise(request)  # before a byte of the body is read
             if content_type(request) != "application/json":
                 raise UnsupportedMediaType("the body must be application/json")
             settings = get_state(request).settings

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
+from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deadline import DeadlineDep, until
@@ -42,6 +43,7 @@ async def classify(
     body: Annotated[ClassifyRequest, Body(openapi_examples=_EXAMPLES)],
     state: StateDep,
     deadline: DeadlineDep,
+    caller: CallerDep,
 ) -> Response:
     """Choose a label for each input.
 
@@ -51,15 +53,18 @@ async def classify(
     """
     inputs = as_list(body.input)
     with until(deadline):
-        async with leased(state, body.task, user=body.user) as leases:
+        async with leased(state, caller, body.task, user=body.user) as leases:
             labels = _labels(body, [lease.version for lease in leases], len(inputs))
             work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
+            texts = [texts for texts, _ in work]
+            used = usage(list(zip(leases, texts, strict=True)))
             scores = together(
-                lease.score(state.engine, text, targets, salt=body.cache_salt or "")
+                lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
                 for lease, (texts, targets) in zip(leases, work, strict=True)
                 for text in texts
             )
-            scored = await first(scores, disconnection(request.receive))
+            with caller.paying(used["total_tokens"]):
+                scored = await first(scores, disconnection(request.receive))
     results = []
     for index in range(len(inputs)):
         by_member = [softmax([math.fsum(tokens) for tokens in logprobs]) for logprobs in scored[index :: len(inputs)]]
@@ -67,12 +72,7 @@ async def classify(
         best = max(range(len(labels)), key=probabilities.__getitem__)
         by_label = dict(zip(labels, probabilities, strict=True))
         results.append({"index": index, "label": labels[best], "probabilities": by_label})
-    texts = [texts for texts, _ in work]
-    reply = {
-        **identity("cls", state.base.info, leases),
-        "results": results,
-        "usage": usage(list(zip(leases, texts, strict=True))),
-    }
+    reply = {**identity("cls", state.base.info, leases), "results": results, "usage": used}
     return JSONResponse(reply, headers=prompt_headers(leases))
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.access import Access
 from app.api.concurrency import Room
 from app.api.door import Door
 from app.api.logprobs import TokenTexts
@@ -47,6 +48,7 @@ class State:
     base: BaseModel
     readiness: Readiness
     constraints: ConstraintCompiler
+    access: Access
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
 

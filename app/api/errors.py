@@ -42,7 +42,8 @@ def problem_body(error: SoftpromptError, request_id: str) -> dict[str, Any]:
 
 def problem(request: Request, error: SoftpromptError, headers: Mapping[str, str] | None = None) -> Response:
     """The reply to a failed request."""
-    return _problem(request, error.status, error.title, error_object(error), error.retry_after, dict(headers or {}))
+    all_headers = {**error.headers, **(headers or {})}
+    return _problem(request, error.status, error.title, error_object(error), error.retry_after, all_headers)
 
 
 def install(app: FastAPI) -> None:

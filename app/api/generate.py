@@ -11,7 +11,9 @@ import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 
+from app.access import Caller
 from app.answer import Answer, Piece
+from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deadline import DeadlineDep, until
@@ -66,6 +68,7 @@ async def generate(
     body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
     state: StateDep,
     deadline: DeadlineDep,
+    caller: CallerDep,
 ) -> Response:
     """Generate text behind a task's soft prompt, or by the bare base model.
 
@@ -76,8 +79,8 @@ async def generate(
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     with until(deadline):
-        async with leased(state, body.task, user=body.user) as leases:
-            run = await _Run.start(state, leases, body)
+        async with leased(state, caller, body.task, user=body.user) as leases:
+            run = await _Run.start(state, caller, leases, body)
         headers = prompt_headers(leases)
         if body.stream:
             timeout = state.settings.send_timeout
@@ -104,7 +107,9 @@ def _check_ensemble(body: GenerateRequest) -> None:
 class _Run:
     """The answers to one request, under way: for each member of an ensemble, n for each input."""
 
-    def __init__(self, state: State, leases: Sequence[Lease], body: GenerateRequest) -> None:
+    def __init__(self, state: State, caller: Caller, leases: Sequence[Lease], body: GenerateRequest) -> None:
+        self._caller = caller
+        self._to_pay = False  # once every answer has started, and until it is paid
         self._tokenizer = state.base.tokenizer
         self._token_texts = state.token_texts
         self._identity = identity("gen", state.base.info, leases)
@@ -115,9 +120,9 @@ class _Run:
         self._answers: list[Answer] = []  # member by member, input by input, sample by sample
 
     @classmethod
-    async def start(cls, state: State, leases: Sequence[Lease], body: GenerateRequest) -> _Run:
+    async def start(cls, state: State, caller: Caller, leases: Sequence[Lease], body: GenerateRequest) -> _Run:
         """Start every answer, or none: the engine may refuse the last one."""
-        run = cls(state, leases, body)
+        run = cls(state, caller, leases, body)
         found = await constraints(state, body, len(leases) * run._num_outputs)
         try:
             for lease in leases:
@@ -125,6 +130,7 @@ class _Run:
         except BaseException:
             await run.aclose()
             raise
+        run._to_pay = True
         return run
 
     async def _start(self, state: State, lease: Lease, body: GenerateRequest, found: list[Any]) -> None:
@@ -140,7 +146,7 @@ class _Run:
             for sample in range(body.n):
                 params = sampling_params(body, defaults, room, state.base.eos_token_ids, sample)
                 generation = lease.generate(
-                    state.engine, text, params, constraint=found.pop(), salt=body.cache_salt or ""
+                    state.engine, text, params, constraint=found.pop(), salt=self._caller.salt(body.cache_salt)
                 )
                 self._answers.append(Answer(generation, self._tokenizer, template, stop, min_tokens=params.min_tokens))
 
@@ -173,9 +179,15 @@ class _Run:
         await emit({**self._identity, "usage": self._usage()})
 
     async def aclose(self) -> None:
-        with anyio.CancelScope(shield=True):
-            for answer in self._answers:
-                await answer.aclose()
+        """End what has not ended; the caller pays for what was made by then."""
+        try:
+            with anyio.CancelScope(shield=True):
+                for answer in self._answers:
+                    await answer.aclose()
+        finally:
+            if self._to_pay:
+                self._to_pay = False
+                self._caller.spend(self._usage()["total_tokens"])
 
     async def _outputs(self, pieces: Mapping[int, Piece], *, first: bool) -> list[dict[str, Any]]:
         """`first`: with what is said once, about the input."""

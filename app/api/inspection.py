@@ -11,6 +11,8 @@ import torch
 from fastapi import APIRouter, Query
 
 from app import inspection
+from app.access import Caller
+from app.api.access import CallerDep
 from app.api.deps import State, StateDep
 from app.api.registry import VersionDep
 from app.api.schemas import InspectReply
@@ -28,13 +30,14 @@ router = APIRouter(prefix="/v1/tasks", tags=["registry"])
 async def inspect_version(
     version: VersionDep,
     state: StateDep,
+    caller: CallerDep,
     neighbors: Annotated[int, Query(ge=1, le=50, description="Near vocabulary tokens of each virtual token")] = 5,
 ) -> Any:
     """What the virtual tokens are near to and how long they are, and which other tasks' prompts are like this one."""
-    return await anyio.to_thread.run_sync(_inspect, state, version, neighbors)
+    return await anyio.to_thread.run_sync(_inspect, state, caller, version, neighbors)
 
 
-def _inspect(state: State, version: Version, neighbors: int) -> dict[str, Any]:
+def _inspect(state: State, caller: Caller, version: Version, neighbors: int) -> dict[str, Any]:
     table: Any = state.base.model.get_input_embeddings()
     embedding: torch.Tensor = table.weight
     pin = state.registry.pin(version.reference)
@@ -52,16 +55,16 @@ def _inspect(state: State, version: Version, neighbors: int) -> dict[str, Any]:
                 lambda token_id: str(state.base.tokenizer.decode([token_id])),
                 neighbors=neighbors,
             ),
-            "similar": inspection.similar(pin.prompt, _others(state.registry, version.task), limit=MAX_SIMILAR),
+            "similar": inspection.similar(pin.prompt, _others(state.registry, caller, version.task), limit=MAX_SIMILAR),
         }
     finally:
         pin.release()
 
 
-def _others(registry: Registry, but: str) -> Iterator[tuple[str, SoftPrompt]]:
+def _others(registry: Registry, caller: Caller, but: str) -> Iterator[tuple[str, SoftPrompt]]:
     """The prompts that other tasks' names stand for, of up to MAX_COMPARED tasks; what cannot be read is left out."""
     for task in registry.tasks()[:MAX_COMPARED]:
-        if task.name == but or DEFAULT_ALIAS not in task.aliases:
+        if task.name == but or DEFAULT_ALIAS not in task.aliases or not caller.sees(task.name):
             continue
         with suppress(SoftpromptError):
             pin = registry.pin(task.name)

@@ -9,7 +9,9 @@ from functools import partial
 
 import anyio.to_thread
 
+from app.access import Caller
 from app.api.deps import State
+from app.api.visible import check_reference
 from app.engine import Constraint, Engine, Generation, SamplingParams
 from app.errors import InvalidRequest
 from app.registry import Pin, Version
@@ -85,17 +87,21 @@ class Lease:
 
 
 @asynccontextmanager
-async def leased(state: State, task: str | list[str] | None, *, user: str | None = None) -> AsyncIterator[list[Lease]]:
+async def leased(
+    state: State, caller: Caller, task: str | list[str] | None, *, user: str | None = None
+) -> AsyncIterator[list[Lease]]:
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
     One lease, or one for each member of an ensemble; `user` decides which version of a canary. None and the base
-    model's name give the bare base. Raises what `Registry.pin` and `Door.enter` raise, and InvalidRequest for an
+    model's name give the bare base. Raises what `Registry.pin` and `Door.enter` raise, ReferenceNotFound also for
+    what the caller may not know of, and InvalidRequest for an
     ensemble in which a version stands twice.
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
     try:
         for reference in task if isinstance(task, list) else [task]:
+            check_reference(caller, reference, state.base.info.name)
             named = reference if reference != state.base.info.name else None
             # NOTE: only for the room behind it; what counts is what the pin resolves to.
             leave = state.door.enter(None if named is None else state.registry.resolve(named, user=user).digest)

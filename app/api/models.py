@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from app.api.access import CallerDep
 from app.api.deps import State, StateDep
 from app.api.schemas import Model, Page
 from app.registry import DEFAULT_ALIAS, Task, Version
@@ -15,10 +16,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("", response_model=Page[Model])
-async def list_models(state: StateDep) -> Any:
+async def list_models(state: StateDep, caller: CallerDep) -> Any:
     """The base model first, then every task with the version that its name stands for."""
-    tasks = [_task_entry(state, task) for task in state.registry.tasks()]
-    return {"object": "list", "data": [_base_entry(state), *tasks], "has_more": False}
+    base = [_base_entry(state)] if caller.sees(state.base.info.name) else []
+    tasks = [_task_entry(state, task) for task in state.registry.tasks() if caller.sees(task.name)]
+    return {"object": "list", "data": [*base, *tasks], "has_more": False}
 
 
 @router.get("/{reference:path}", response_model=Model)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 import app
+from app.api.access import CallerDep
 from app.api.deps import StateDep
 from app.errors import NotReady
 
@@ -39,7 +40,7 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/info")
-async def info(state: StateDep) -> dict[str, Any]:
+async def info(state: StateDep, caller: CallerDep) -> dict[str, Any]:
     """The base model, the engine's counters and the number of tasks."""
     base = state.base
     return {
@@ -55,5 +56,5 @@ async def info(state: StateDep) -> dict[str, Any]:
             "max_model_len": base.info.max_model_len,
         },
         "engine": {"backend": state.engine.backend, **asdict(state.engine.stats())},
-        "tasks": len(state.registry.tasks()),
+        "tasks": sum(caller.sees(task.name) for task in state.registry.tasks()),
     }

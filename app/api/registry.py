@@ -10,6 +10,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
@@ -52,12 +53,16 @@ VersionDep = Annotated[Version, Depends(find_version)]
 
 
 @router.get("", response_model=Page[TaskReply])
-async def list_tasks(state: StateDep, limit: Limit = 100, after: After = None, tag: Tag = None) -> Any:
+async def list_tasks(
+    state: StateDep, caller: CallerDep, limit: Limit = 100, after: After = None, tag: Tag = None
+) -> Any:
     """Tasks by name; with `tag`, those of which a version has it."""
     tasks = [
         task
         for task in state.registry.tasks()
-        if (after is None or task.name > after) and any(_has_tag(version, tag) for version in task.versions.values())
+        if caller.sees(task.name)
+        and (after is None or task.name > after)
+        and any(_has_tag(version, tag) for version in task.versions.values())
     ]
     return paged([_task_reply(task) for task in tasks], limit)
 
@@ -68,11 +73,11 @@ async def get_task(task: str, state: StateDep) -> Any:
 
 
 @router.delete("/{task}", response_model=Deleted)
-async def delete_task(task: str, state: StateDep) -> Any:
+async def delete_task(task: str, state: StateDep, caller: CallerDep) -> Any:
     """Delete a task and all its versions; each can be restored. Refused with 412 while an alias besides `latest` is
     there."""
     versions = list(state.registry.task(task).versions.values())
-    await anyio.to_thread.run_sync(state.registry.delete_task, task)
+    await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
     for version in versions:
         await _unload(state.engine, version)
     return {"id": task, "object": "task", "deleted": True}
@@ -114,16 +119,20 @@ async def publish_version(
     task: str,
     request: Request,
     state: StateDep,
+    caller: CallerDep,
     alias: Annotated[str, Query(description="The alias to move; empty: none")] = DEFAULT_ALIAS,
 ) -> Response:
     """Publish a PEFT checkpoint as a new version, tried on the base model first."""
     check_task_name(task)
     if alias:
         check_alias_name(alias)
+        if alias != DEFAULT_ALIAS:
+            caller.check_scope("aliases:write")
     upload = await read_upload(request, state.settings.max_upload_bytes)
     checkpoint = await anyio.to_thread.run_sync(_check, upload, state.base.info)
     await _try_out(state.engine, checkpoint.prompt)
-    published = await anyio.to_thread.run_sync(partial(state.registry.publish, task, checkpoint, alias=alias or None))
+    publish = partial(state.registry.publish, task, checkpoint, alias=alias or None, actor=caller.actor)
+    published = await anyio.to_thread.run_sync(publish)
     version = published.version
     reply = {**_version_reply(version, state.registry), "warnings": list(published.warnings)}
     headers = {"Location": f"/v1/tasks/{task}/versions/{version.number}", "ETag": etag(version.digest)}
@@ -136,22 +145,26 @@ async def get_version(version: VersionDep, state: StateDep) -> Any:
 
 
 @router.delete("/{task}/versions/{version}", response_model=Deleted)
-async def delete_version(version: VersionDep, state: StateDep) -> Any:
+async def delete_version(version: VersionDep, state: StateDep, caller: CallerDep) -> Any:
     """Delete a version; requests that use it finish, and it can be restored. 412 while an alias names it."""
-    await anyio.to_thread.run_sync(state.registry.delete_version, version.task, version.number)
+    delete = partial(state.registry.delete_version, version.task, version.number, actor=caller.actor)
+    await anyio.to_thread.run_sync(delete)
     await _unload(state.engine, version)
     return {"id": version.reference, "object": "version", "deleted": True}
 
 
 @router.post("/{task}/versions/{version}:restore", response_model=VersionReply)
 async def restore_version(
-    task: str, version: Annotated[str, Path(description="The number of a deleted version")], state: StateDep
+    task: str,
+    version: Annotated[str, Path(description="The number of a deleted version")],
+    state: StateDep,
+    caller: CallerDep,
 ) -> Any:
     """Undo the deletion of a version, until its files are collected. It gets no alias back."""
     number = parse_reference(f"{task}:{version}").version
     if number is None:
         raise not_found()
-    restored = await anyio.to_thread.run_sync(state.registry.restore_version, task, number)
+    restored = await anyio.to_thread.run_sync(partial(state.registry.restore_version, task, number, actor=caller.actor))
     return _version_reply(restored, state.registry)
 
 

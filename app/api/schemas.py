@@ -332,6 +332,17 @@ class InspectReply(BaseModel):
     ]
 
 
+class AuditReply(BaseModel):
+    object: Literal["audit_entry"]
+    id: int
+    time: int  # Unix time
+    request_id: str
+    key_id: str
+    action: str  # the operation's id
+    target: str
+    status: int  # of HTTP
+
+
 class Problem(BaseModel):
     """RFC 9457, and OpenAI's `error` beside it."""
 

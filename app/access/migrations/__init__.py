@@ -1,0 +1,1 @@
+"""Alembic migrations, shipped in the package; app.access.database runs them."""
