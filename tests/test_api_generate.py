@@ -228,8 +228,8 @@ def test_one_version_answers_all_inputs(harness: Harness, client: TestClient) ->
     harness.publish("sentiment", 0.1)
     pin, count = harness.registry.pin, iter(range(9))
 
-    def pin_and_publish(reference: str) -> Any:
-        found = pin(reference)
+    def pin_and_publish(reference: str, **user: Any) -> Any:
+        found = pin(reference, **user)
         harness.publish("sentiment", 0.2 + next(count))
         return found
 
