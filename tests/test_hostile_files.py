@@ -23,6 +23,7 @@ from app.manifest import ManifestInput
 from tests.checkpoints import BASE
 from tests.prompt_drafts import KV_TYPES, pack_file, pack_json, pack_values
 from tests.prompt_fuzzer import KINDS, Case, case
+from tests.strict_oracle import complaint
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 COUNT = int(os.environ.get("HOSTILE_COUNT", "1000000"))  # of the long run
@@ -103,7 +104,10 @@ def check_echo(message: str, given: Case) -> None:
 
 
 def check_accepted(found: Checkpoint, given: Case) -> None:
-    """The library reads the same numbers, and the prompt is made of them."""
+    """The library reads the same numbers, the prompt is made of them, and the JSON is strict."""
+    header = given.tensors[8 : 8 + int.from_bytes(given.tensors[:8], "little")]
+    assert complaint(given.config) is None and complaint(header) is None, (complaint(given.config), complaint(header))
+    assert header.startswith(b"{") and header.rstrip(b" ").endswith(b"}")
     stored = {name: tensor.float().numpy() for name, tensor in load(given.tensors).items()}
     for name, values in raw_values(given.tensors).items():
         np.testing.assert_array_equal(values, stored[name])

@@ -110,7 +110,7 @@ def test_slow_bodies(server: Listening) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(data[:end_of_head])
             began = time.monotonic()
-            for byte in data[end_of_head : end_of_head + 60]:
+            for byte in data[end_of_head : end_of_head + 250]:
                 try:
                     connection.sendall(bytes([byte]))
                 except (ConnectionResetError, BrokenPipeError):
