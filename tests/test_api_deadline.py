@@ -85,11 +85,19 @@ def test_a_pin_that_is_taken_too_late_is_given_back(
     harness: Harness, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread cannot be interrupted, and what it returns must not be lost."""
-    pin = harness.registry.pin
-    monkeypatch.setattr(harness.registry, "pin", lambda reference: (time.sleep(0.3), pin(reference))[1])
+    pin, taken = harness.registry.pin, []
+
+    def slowly(reference: str) -> Any:
+        time.sleep(0.3)
+        taken.append(pin(reference))
+        return taken[-1]
+
+    monkeypatch.setattr(harness.registry, "pin", slowly)
     for path, body in ROUTES.values():
         assert client.post(path, json=body, headers=after(0.05)).status_code == 504
-    assert harness.num_pins == 0 and not harness.engine.calls
+    wait_until(lambda: len(taken) == len(ROUTES))
+    wait_until(lambda: harness.num_pins == 0)
+    assert not harness.engine.calls
 
 
 def test_a_request_that_waits_for_a_thread(

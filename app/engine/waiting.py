@@ -17,9 +17,10 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._resumed: deque[Sequence] = deque()
         self._lanes: OrderedDict[str | None, deque[Sequence]] = OrderedDict()  # the one whose turn it is first
+        self._length = 0  # counted, because other threads ask for it while the lanes change
 
     def __len__(self) -> int:
-        return len(self._resumed) + sum(map(len, self._lanes.values()))
+        return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._resumed
@@ -31,24 +32,29 @@ class WaitingQueue:
         return [*self._resumed, *(lane[0] for lane in self._lanes.values())]
 
     def add(self, sequence: Sequence) -> None:
+        self._length += 1
         self._lanes.setdefault(_lane(sequence), deque()).append(sequence)
 
     def add_next(self, sequence: Sequence) -> None:
+        self._length += 1
         self._lanes.setdefault(_lane(sequence), deque()).appendleft(sequence)
 
     def resume(self, sequence: Sequence) -> None:
+        self._length += 1
         self._resumed.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
         """Take a sequence out, wherever it is; False if it is not here."""
         if sequence in self._resumed:
             self._resumed.remove(sequence)
+            self._length -= 1
             return True
         name = _lane(sequence)
         lane = self._lanes.get(name)
         if lane is None or sequence not in lane:
             return False
         lane.remove(sequence)
+        self._length -= 1
         if not lane:
             del self._lanes[name]
         return True
