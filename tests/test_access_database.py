@@ -97,14 +97,21 @@ def test_migrations_make_the_tables_and_do_so_once(database: Database) -> None:
 
 def test_processes_that_start_at_once(url: str) -> None:
     script = (
-        "import sys; from app.access import Database, KeyStore; sys.stdin.readline(); d = Database(sys.argv[1]);"
-        "d.prepare(); KeyStore(d).create('k', scopes=['generate'])"
+        "import sys; from app.access import Database, KeyStore; d = Database(sys.argv[1]); print(flush=True);"
+        "sys.stdin.readline(); d.prepare(); KeyStore(d).create('k', scopes=['generate'])"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", script, url], stdin=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        subprocess.Popen(
+            [sys.executable, "-c", script, url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
         for _ in range(4)
     ]
-    time.sleep(0.5)
+    for process in started:
+        assert process.stdout is not None and process.stdout.readline()
+        process.stdout.close()
     for process in started:
         assert process.stdin is not None
         process.stdin.write(b"\n")
