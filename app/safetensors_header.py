@@ -60,7 +60,8 @@ def read_header(data: bytes, *, max_header_bytes: int, max_tensors: int) -> Safe
     length = int.from_bytes(data[:8], "little")
     # NOTE: a valid length can look like the start of a pickle, so first bytes name a file only when it cannot
     # be safetensors.
-    if len(data) < 8 or length > max_header_bytes or data[8:9] not in (b"{", b""):
+    impossible = length > max_header_bytes and length > len(data) - 8
+    if len(data) < 8 or impossible or data[8:9] not in (b"{", b""):
         _refuse_other_formats(data)
     if len(data) < 8:
         raise _invalid("truncated_file", f"the file has {len(data)} bytes; a safetensors file has more than 8")

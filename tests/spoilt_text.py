@@ -82,7 +82,8 @@ def _surrogate(rng: Random, text: bytes) -> bytes:
     bad = rng.choice(
         (b"\\ud800", b"\\udfff", b"\\ud83d\\u0041", b"\\ud83d\\ude00", b"\\uD800\\uD800", b"\\u12", b"\\x41")
     )
-    return text.replace(b'"', b'"' + bad, 1) if rng.random() < 0.5 else b'{"%s":"%s",' % (b"k" + bad, bad) + text[1:]
+    front = rng.choice((b'{"k":"%s",' % bad, b'{"k%s":"v",' % bad, b'{"k":["%s"],' % bad))
+    return text.replace(b'"', b'"' + bad, 1) if rng.random() < 0.5 else front + text[1:]
 
 
 def _around(rng: Random, text: bytes) -> bytes:

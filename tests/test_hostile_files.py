@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import time
 import tracemalloc
@@ -21,12 +20,11 @@ from app.checkpoint import MAX_MAGNITUDE, Checkpoint, Limits, read_checkpoint
 from app.errors import InvalidPromptFile
 from app.manifest import ManifestInput
 from tests.checkpoints import BASE
+from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.prompt_drafts import KV_TYPES, pack_file, pack_json, pack_values
 from tests.prompt_fuzzer import KINDS, Case, case
 from tests.strict_oracle import complaint
 
-SEED = int(os.environ.get("HOSTILE_SEED", "1"))
-COUNT = int(os.environ.get("HOSTILE_COUNT", "1000000"))  # of the long run
 LIMITS = Limits(max_file_bytes=256 << 10)  # so that a file can be too large without costing much
 CODES = {
     # the size, and the header
@@ -131,6 +129,8 @@ def soft_prompt(peft_type: str, stored: dict[str, Any], task_id: int) -> Any:
         split = shared.reshape(len(shared), BASE.num_layers, 2, BASE.num_kv_heads, BASE.head_dim)
         return split.transpose(1, 2, 3, 0, 4)
     if peft_type == "MULTITASK_PROMPT_TUNING":
+        (tasks, n, rank), rows = stored["prefix_task_cols"].shape, stored["prefix_task_rows"].shape
+        assert (n, rows) == (len(shared), (tasks, rank, shared.shape[1]))
         return shared * (stored["prefix_task_cols"][task_id] @ stored["prefix_task_rows"][task_id])
     return shared
 
@@ -151,11 +151,11 @@ def raw_values(file: bytes) -> dict[str, Any]:
     return found
 
 
-def run(seed: int, count: int) -> tuple[Counter[str | None], list[float]]:
+def run(seed: int, count: int, limit: float = float("inf")) -> tuple[Counter[str | None], list[float]]:
     """Every outcome, and the seconds of each refusal."""
     outcomes: Counter[str | None] = Counter()
     seconds = []
-    for index in range(count):
+    for index in indices(count, limit):
         given = case(seed, index)
         try:
             code, took = outcome(given)
@@ -189,13 +189,13 @@ def test_a_million_malformed_files(capsys: pytest.CaptureFixture[str]) -> None:
     process = psutil.Process()
     run(SEED, 2_000)
     before = process.memory_info().rss
-    outcomes, seconds = run(SEED, COUNT)
+    outcomes, seconds = run(SEED, long_count(1_000_000), SECONDS)
     check_run(outcomes, seconds)
     grown = process.memory_info().rss - before
     with capsys.disabled():
         p99, worst = seconds[len(seconds) * 99 // 100], seconds[-1]
-        figures = f"seed {SEED}, {COUNT} files, refusals p99 {p99 * 1e3:.2f} ms, worst {worst * 1e3:.0f} ms"
-        os.write(1, f"\n{figures}, RSS +{grown >> 20} MiB\n{outcomes.most_common()}\n".encode())
+        figures = f"seed {SEED}, {outcomes.total()} files, refusals p99 {p99 * 1e3:.2f} ms, worst {worst * 1e3:.0f} ms"
+        report(f"{figures}, RSS +{grown >> 20} MiB\n{outcomes.most_common()}")
     assert grown < 200 << 20
 
 

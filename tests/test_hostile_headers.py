@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from typing import Any
 
@@ -16,11 +15,10 @@ from safetensors.torch import load
 from app.errors import InvalidPromptFile
 from app.safetensors_header import SafetensorsHeader, read_header
 from app.strict_json import MAX_DEPTH
+from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.prompt_drafts import SIZES
 from tests.prompt_fuzzer import case
 
-SEED = int(os.environ.get("HOSTILE_SEED", "1"))
-COUNT = int(os.environ.get("HOSTILE_COUNT", "1000000"))  # of the long run
 MAX_HEADER, MAX_TENSORS, MAX_RANK = 64 << 10, 64, 4
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -111,9 +109,9 @@ def check_equal(file: bytes, header: SafetensorsHeader, loaded: dict[str, torch.
         assert (found == words.reshape(info.shape)).all()
 
 
-def run(seed: int, count: int) -> Counter[str]:
+def run(seed: int, count: int, seconds: float = float("inf")) -> Counter[str]:
     found: Counter[str] = Counter()
-    for index in range(count):
+    for index in indices(count, seconds):
         try:
             found[both(case(seed, index).tensors)] += 1
         except Exception as error:
@@ -130,10 +128,10 @@ def test_spoilt_files() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(0)
 def test_a_million_spoilt_files(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(SEED, COUNT)
+    found = run(SEED, long_count(1_000_000), SECONDS)
     with capsys.disabled():
-        os.write(1, f"\nseed {SEED}, {COUNT} files: {found.most_common()}\n".encode())
-    assert found["both accept"] > COUNT // 10
+        report(f"seed {SEED}, {found.total()} files: {found.most_common()}")
+    assert found["both accept"] > found.total() // 10
 
 
 def test_every_changed_byte_of_a_small_header() -> None:

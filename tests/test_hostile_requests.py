@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +18,9 @@ from starlette.testclient import TestClient
 from app.api.schemas import ClassifyRequest, GenerateRequest
 from tests.api_harness import Harness
 from tests.hostile_values import DOCUMENTS, ETAGS, MARK, NAMES, OUT_OF_RANGE, QUERIES, SCHEMAS, SEARCHES, WRONG
+from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.test_api_errors import check
 
-SEED = int(os.environ.get("HOSTILE_SEED", "1"))
-COUNT = int(os.environ.get("HOSTILE_REQUESTS", "200000"))  # of the long run
 JSON = {"content-type": "application/json"}
 TASK = "/v1/tasks/sentiment"
 WITH_BODY = (("POST", "/v1/generate"), ("POST", "/v1/classify"), ("PUT", f"{TASK}/aliases/prod"))
@@ -263,9 +261,9 @@ def random_request(rng: Random) -> tuple[str, str, bytes | None, dict[str, str]]
     return method, path, text, headers
 
 
-def run(harness: Harness, client: TestClient, seed: int, count: int) -> None:
-    rng = Random(seed)
-    for index in range(count):
+def run(harness: Harness, client: TestClient, seed: int, count: int, seconds: float = float("inf")) -> int:
+    rng, index = Random(seed), 0
+    for index in indices(count, seconds):
         method, path, body, headers = random_request(rng)
         if method == "DELETE" and path in (TASK, f"{TASK}/versions/1"):
             continue
@@ -276,6 +274,7 @@ def run(harness: Harness, client: TestClient, seed: int, count: int) -> None:
             check(reply, reply.status_code)
         if index % 1_000 == 0:
             harness.engine.calls.clear()
+    return index + 1
 
 
 def test_random_requests(harness: Harness, client: TestClient) -> None:
@@ -284,5 +283,7 @@ def test_random_requests(harness: Harness, client: TestClient) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(0)
-def test_many_random_requests(harness: Harness, client: TestClient) -> None:
-    run(harness, client, SEED, COUNT)
+def test_many_random_requests(harness: Harness, client: TestClient, capsys: pytest.CaptureFixture[str]) -> None:
+    count = run(harness, client, SEED, long_count(200_000), SECONDS)
+    with capsys.disabled():
+        report(f"seed {SEED}, {count} requests")

@@ -23,6 +23,7 @@ from schemathesis.checks import (
 from schemathesis.python.asgi import get_client
 
 from tests.api_harness import Harness
+from tests.long_run import report
 from tests.test_api_errors import check
 
 COUNT = int(os.environ.get("HOSTILE_SCHEMA_COUNT", "1500"))  # examples of each operation and mode in the long run
@@ -86,7 +87,7 @@ def test_every_operation(harness: Harness) -> None:
 def test_every_operation_at_length(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
     found = exercise(harness, COUNT)
     with capsys.disabled():
-        os.write(1, f"\n{COUNT} examples: {found.total()} replies, {dict(found)}\n".encode())
+        report(f"{COUNT} examples: {found.total()} replies, {dict(found)}")
 
 
 def test_the_error_body_is_the_documented_one(harness: Harness) -> None:

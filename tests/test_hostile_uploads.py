@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.api_harness import Harness
+from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.prompt_fuzzer import Case, case
 from tests.test_api_errors import check
 from tests.test_hostile_files import CODES, check_echo
 
-SEED = int(os.environ.get("HOSTILE_SEED", "1"))
-COUNT = int(os.environ.get("HOSTILE_HTTP_COUNT", "20000"))  # of the long run
 PATH = "/v1/tasks/hostile/versions"
 RAW = {"content-type": "application/octet-stream"}
 HTTP_CODES = CODES | {"missing_config", "invalid_manifest", "invalid_request", "body_too_large"}
@@ -42,9 +40,11 @@ def send(client: TestClient, given: Case) -> Any:
     return client.post(f"{PATH}?alias=", files=files)
 
 
-def run(harness: Harness, client: TestClient, seed: int, count: int) -> Counter[str | None]:
+def run(
+    harness: Harness, client: TestClient, seed: int, count: int, seconds: float = float("inf")
+) -> Counter[str | None]:
     found: Counter[str | None] = Counter()
-    for index in range(count):
+    for index in indices(count, seconds):
         given = case(seed, index, harness.base.info)
         reply = send(client, given)
         name = f"case({seed}, {index}), {given.kinds}"
@@ -73,9 +73,9 @@ def test_malformed_uploads(harness: Harness, client: TestClient) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(0)
 def test_many_malformed_uploads(harness: Harness, client: TestClient, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(harness, client, SEED, COUNT)
+    found = run(harness, client, SEED, long_count(20_000), SECONDS)
     with capsys.disabled():
-        os.write(1, f"\nseed {SEED}, {COUNT} uploads: {found.most_common()}\n".encode())
+        report(f"seed {SEED}, {found.total()} uploads: {found.most_common()}")
 
 
 def test_malformed_single_files(client: TestClient) -> None:

@@ -151,6 +151,13 @@ def test_a_length_that_looks_like_a_pickle_is_no_pickle() -> None:
     assert read(pack(text)).tensors.keys() == {"a", "b"}
 
 
+def test_a_length_that_looks_like_markup_is_no_page() -> None:
+    text = json.dumps(VALID).encode().ljust(0x1003C)  # its length begins with "<", and is beyond our limit
+    with pytest.raises(InvalidPromptFile) as caught:
+        read(pack(text))
+    assert caught.value.code == "header_too_large"
+
+
 def agrees_with_the_library(data: bytes) -> bool:
     """False if the file is refused; if it is accepted, the library must accept it and find what we found."""
     try:
