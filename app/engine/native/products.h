@@ -66,9 +66,9 @@ INLINE void add_input(const int rows, const int halves, __m256 acc[][4], const f
     }
 }
 
-/* Rows from `a` times the panel at `w`; or one row times two panels, whose four sums wait less for the FMA before.
- * `ahead` is for float panels; the other storages ask for a group at a time. `keep`: where the weights are wanted in
- * float, too, for the blocks of rows that follow. */
+/* Rows from `a` times the panel at `w`; or one row times two panels of BLOCKS, whose four sums wait less for the FMA
+ * before (the other storages wait for memory instead). `ahead` is for float panels; the compact ones ask for a group at
+ * a time. `keep`: where the weights are wanted in float, too, for the blocks of rows that follow. */
 INLINE void product_f32(const int rows, const int panels, const Storage storage, const float *a, size_t lda,
                         const Matrix *m, const char *w, size_t panel, const Target *t, float *out, Ahead ahead,
                         float *keep) {
@@ -187,7 +187,7 @@ INLINE void product_i8(const int rows, const int16_t *a, size_t lda, const float
 INLINE void pass_f32(const Storage storage, int rows, int panels, const float *a, size_t lda, const Matrix *m,
                      const char *w, size_t panel, const Target *t, float *out, Ahead ahead, float *keep) {
 #define CALL(count) product_f32(count, 1, storage, a, lda, m, w, panel, t, out, ahead, keep)
-    if (panels == 1) ROW_COUNTS(CALL)
+    if (panels == 1 || storage != BLOCKS) ROW_COUNTS(CALL)
     else product_f32(1, 2, storage, a, lda, m, w, panel, t, out, ahead, NULL);
 #undef CALL
 }
@@ -201,7 +201,7 @@ static void product(const Decoder *d, const Matrix *m, const float *in, int num_
     const int blocks = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     const size_t lda = pad16(m->k), size = panel_bytes(storage, m->k);
     for (size_t panel = from, taken; panel < to; panel += taken) {
-        taken = compact && num_rows == 1 && panel + 1 < to ? 2 : 1;
+        taken = storage == BLOCKS && num_rows == 1 && panel + 1 < to ? 2 : 1;
         for (int b = 0; b < blocks; b++) {
             /* Blocks of equal size: 4 + 4 rows are faster than 6 + 2. */
             size_t first = (size_t)num_rows * b / blocks;
