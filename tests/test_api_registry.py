@@ -200,9 +200,9 @@ def test_a_race_between_check_and_write_loses(
     harness.publish("a", 0.2)
     move = harness.registry.move_alias
 
-    def slip_in(task: str, alias: str, version: int, *, expected: int | None) -> Any:
+    def slip_in(task: str, alias: str, version: int, *, expected: int | None, **who: str) -> Any:
         move(task, alias, 1, expected=harness.registry.task(task).aliases[alias].etag)
-        return move(task, alias, version, expected=expected)
+        return move(task, alias, version, expected=expected, **who)
 
     monkeypatch.setattr(harness.registry, "move_alias", slip_in)
     reply = client.put("/v1/tasks/a/aliases/latest", json={"version": 2}, headers={"if-match": "*"})
