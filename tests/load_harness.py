@@ -124,7 +124,7 @@ def live(
         run = engine._core.runner.run
         engine._core.runner.run = lambda rows: (time.sleep(step_seconds), run(rows))[1]  # type: ignore[method-assign]
     registry = Registry(Store(root), BASE.info)
-    chosen = Settings(registry=root, **settings)
+    chosen = Settings(registry=root, **{"allowed_hosts": ("*",), **settings})
     app = create_app(chosen, engine, registry, BASE)
     harness = Harness(chosen, engine, registry, BASE, app)  # type: ignore[arg-type]
     gc.collect()
