@@ -87,9 +87,9 @@ def test_a_pin_that_is_taken_too_late_is_given_back(
     """The thread cannot be interrupted, and what it returns must not be lost."""
     pin, taken = harness.registry.pin, []
 
-    def slowly(reference: str) -> Any:
+    def slowly(reference: str, **user: Any) -> Any:
         time.sleep(0.3)
-        taken.append(pin(reference))
+        taken.append(pin(reference, **user))
         return taken[-1]
 
     monkeypatch.setattr(harness.registry, "pin", slowly)

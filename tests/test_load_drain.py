@@ -70,6 +70,7 @@ def serving(root: Path, **settings: Any) -> Iterator[Process]:
         "CACHE_DIR": root / "cache",
         "PORT": 0,
         "THREADS": 1,
+        "ALLOWED_HOSTS": "*",
         "MAX_NUM_SEQS": 4,
         "MAX_WAITING": 3000,
         "KV_CACHE_TOKENS": 8192,
