@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from tests.prompt_drafts import PEFT_TYPES, Draft
-from tests.spoilt_drafts import NAMES, ODD
+from tests.spoilt_drafts import NAMES, odd
 
 _LOCATIONS = (
     "/etc/passwd",
@@ -46,13 +46,13 @@ _PEFT_TYPES = (
 
 
 def _config_type(rng: Random, draft: Draft) -> None:
-    draft.config["peft_type"] = rng.choice(_PEFT_TYPES) if rng.random() < 0.8 else rng.choice(ODD)
+    draft.config["peft_type"] = rng.choice(_PEFT_TYPES) if rng.random() < 0.8 else odd(rng)
 
 
 def _config_count(rng: Random, draft: Draft) -> None:
     key = rng.choice((*_COUNTS, "num_tasks", "num_ranks"))
     numbers = (1, 2, 3, 8, 16, 62, 63, 64, 8192, 10**9, 2**31, 2**63, -1, 0, 32)
-    draft.config[key] = rng.choice(numbers) if rng.random() < 0.6 else rng.choice(ODD)
+    draft.config[key] = rng.choice(numbers) if rng.random() < 0.6 else odd(rng)
 
 
 def _config_dangerous(rng: Random, draft: Draft) -> None:
@@ -67,12 +67,12 @@ def _config_key(rng: Random, draft: Draft) -> None:
     if rng.random() < 0.3:
         draft.config.pop(key, None)
     else:
-        draft.config[key] = rng.choice(ODD)
+        draft.config[key] = odd(rng)
 
 
 def _config_unknown(rng: Random, draft: Draft) -> None:
     for index in range(rng.choice((1, 3, 30, 1500))):
-        draft.config[rng.choice(NAMES) + str(index)] = rng.choice(ODD)
+        draft.config[rng.choice(NAMES) + str(index)] = odd(rng)
 
 
 def _config_task_type(rng: Random, draft: Draft) -> None:

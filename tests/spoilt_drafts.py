@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -92,20 +93,25 @@ _EXTRA = (
 )
 
 
+def odd(rng: Random) -> Any:
+    """A copy, which other changes may spoil further."""
+    return deepcopy(rng.choice(ODD))
+
+
 def _entry(rng: Random, draft: Draft) -> dict[str, Any]:
     entries = [entry for name in draft.names if isinstance(entry := draft.header[name], dict)]
     return rng.choice(entries) if entries else {}
 
 
 def _dtype(rng: Random, draft: Draft) -> None:
-    _entry(rng, draft)["dtype"] = rng.choice(DTYPES) if rng.random() < 0.8 else rng.choice(ODD)
+    _entry(rng, draft)["dtype"] = rng.choice(DTYPES) if rng.random() < 0.8 else odd(rng)
 
 
 def _shape(rng: Random, draft: Draft) -> None:
     entry = _entry(rng, draft)
     shape = entry.get("shape")
     if rng.random() < 0.5 or not isinstance(shape, list) or not shape or not all(type(item) is int for item in shape):
-        entry["shape"] = rng.choice(SHAPES)
+        entry["shape"] = deepcopy(rng.choice(SHAPES))
         return
     flat = [math.prod(shape)]
     entry["shape"] = rng.choice((shape[::-1], flat, [1, *shape], [*shape, 1], [shape[0] + 1, *shape[1:]], shape[:-1]))
@@ -193,18 +199,18 @@ def _entry_keys(rng: Random, draft: Draft) -> None:
     if rng.random() < 0.5 and entry:
         entry.pop(rng.choice(list(entry)))
     else:
-        entry[rng.choice(("Dtype", "strides", "requires_grad", "__proto__", "", "dtype "))] = rng.choice(ODD)
+        entry[rng.choice(("Dtype", "strides", "requires_grad", "__proto__", "", "dtype "))] = odd(rng)
 
 
 def _entry_kind(rng: Random, draft: Draft) -> None:
     if draft.names:
-        draft.header[rng.choice(draft.names)] = rng.choice(ODD)
+        draft.header[rng.choice(draft.names)] = odd(rng)
 
 
 def _metadata(rng: Random, draft: Draft) -> None:
-    odd = rng.choice(ODD)
+    value = odd(rng)
     draft.header["__metadata__"] = rng.choice(
-        (odd, {"k": odd}, {rng.choice(NAMES): "v"}, {"k": "v" * 70_000}, {"k": {}})
+        (value, {"k": value}, {rng.choice(NAMES): "v"}, {"k": "v" * 70_000}, {"k": {}})
     )
 
 

@@ -150,8 +150,7 @@ def test_a_body_beyond_the_limit_is_not_waited_for(server: Listening) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(post(headers, body, extra=b""))
             began = time.monotonic()
-            (reply,) = replies(connection.recv(65_536))
-            assert reply.status == 413 and time.monotonic() - began < 0.4
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 413 ") and time.monotonic() - began < 0.4
 
 
 def test_others_are_served_meanwhile(harness: Harness, server: Listening) -> None:
