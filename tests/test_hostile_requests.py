@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 
 from app.api.schemas import ClassifyRequest, GenerateRequest
 from tests.api_harness import Harness
-from tests.hostile_values import DOCUMENTS, ETAGS, MARK, NAMES, OUT_OF_RANGE, QUERIES, SCHEMAS, SEARCHES, WRONG
+from tests.hostile_documents import DOCUMENTS
+from tests.hostile_values import ETAGS, MARK, NAMES, OUT_OF_RANGE, QUERIES, SCHEMAS, SEARCHES, WRONG
 from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.test_api_errors import check
 
