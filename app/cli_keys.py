@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from app.config import Settings
 from app.errors import InvalidRequest
@@ -89,7 +89,17 @@ def list_keys(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("id", "name", "secret", "scopes", "tasks", "state", "last used", "tokens today", box=None)
+    table = Table(
+        Column("id", no_wrap=True, min_width=20),
+        "name",
+        "secret",
+        "scopes",
+        "tasks",
+        "state",
+        "last used",
+        "tokens today",
+        box=None,
+    )
     for key, row in zip(keys, rows, strict=True):
         tasks = "all" if key.tasks is None else " ".join(key.tasks)
         table.add_row(
@@ -132,7 +142,15 @@ def audit(
     if as_json:
         _print_json(rows)
         return
-    table = Table("time", "key", "action", "target", "status", "request", box=None)
+    table = Table(
+        "time",
+        Column("key", overflow="fold"),
+        "action",
+        Column("target", no_wrap=True, min_width=20),
+        "status",
+        "request",
+        box=None,
+    )
     for row in rows:
         columns = ("time", "key_id", "action", "target", "status", "request_id")
         table.add_row(*(str(row[column]) for column in columns))

@@ -37,15 +37,33 @@ def _delete(registry: Registry) -> None:
     registry.delete_version("t", registry.task("t").by_digest[content(1).prompt.digest].number)
 
 
+def _roll_back(registry: Registry) -> None:
+    registry.roll_back_alias("t", "prod", expected=registry.task("t").aliases["prod"].etag)
+
+
+def _remove_alias(registry: Registry) -> None:
+    registry.remove_alias("t", "prod", expected=registry.task("t").aliases["prod"].etag)
+
+
+def _restore(registry: Registry) -> None:
+    [deleted] = registry.deleted_versions("t")
+    registry.restore_version("t", deleted.version.number)
+
+
 STEPS = (
     Step("publish-first", lambda registry: registry.publish("t", content(1))),
     Step("publish-next", lambda registry: registry.publish("t", content(2), alias=None)),
     Step("publish-with-alias", lambda registry: registry.publish("t", content(3), alias="prod")),
     Step("move-alias", _move, again=False),
     Step("publish-same", lambda registry: registry.publish("t", content(2), alias="prod")),
+    Step("roll-back-alias", _roll_back, again=False),
+    Step("remove-alias", _remove_alias, again=False),
     Step("delete-version", _delete, again=False),
+    Step("restore-version", _restore, again=False),
+    Step("delete-restored", _delete, again=False),
     Step("publish-other", lambda registry: registry.publish("u", content(4))),
     Step("delete-task", lambda registry: registry.delete_task("u"), again=False),
+    Step("collect", lambda registry: registry.collect(retention=0)),
     Step("sweep", lambda registry: registry.sweep(grace=-1e9)),
 )
 
@@ -88,11 +106,12 @@ def retry(step: Step, registry: Registry, before: State) -> None:
 
 
 def leftovers(root: Path) -> list[str]:
-    """What no log entry names; files of deleted versions are not meant."""
+    """What the log does not want; files of deleted versions are wanted until they are collected."""
     found = []
     registry = open_registry(root)
     for task in registry._store.tasks():
-        numbers = registry._index.catch_up(task).numbers
+        state = registry._index.catch_up(task)
+        numbers = {*state.task.versions, *state.deleted}
         for folder in ("versions", "log"):
             for name in os.listdir(root / task / folder) if (root / task / folder).exists() else []:
                 if name.startswith(".tmp-") or (folder == "versions" and int(name) not in numbers):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from app import cli
+from app import cli, cli_keys
 from app.access import Access, Database, KeyStore, Limits
 from app.config import Settings
 from app.errors import InvalidRequest
@@ -21,7 +21,7 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli_keys.out, "width", 200)  # it was made when the environment was another
     return tmp_path / "prompts"
 
 
