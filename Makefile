@@ -24,8 +24,8 @@ model: setup ## Fetch and convert the base model, once
 run: setup ## Serve on http://127.0.0.1:8000 (settings: PORT, SOFTPROMPT_*)
 	exec $(BIN)/softprompt serve
 
-test: setup model ## Run the tests
-	$(BIN)/python -m pytest
+test: setup model ## Run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup model ## Run what takes minutes to hours; K=swaps only those whose names have it
 	$(BIN)/python -m pytest -m long -s --timeout 0 $(if $(K),-k '$(K)')
