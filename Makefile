@@ -25,7 +25,7 @@ run: setup ## Serve on http://127.0.0.1:8000 (settings: PORT, SOFTPROMPT_*)
 	exec $(BIN)/softprompt serve
 
 test: setup model ## Run the tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: setup model ## Run what takes minutes to hours; K=swaps only those whose names have it
 	$(BIN)/python -m pytest -m long -s --timeout 0 $(if $(K),-k '$(K)')
