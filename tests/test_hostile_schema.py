@@ -79,7 +79,7 @@ def exercise(harness: Harness, count: int) -> Counter[str]:
 
 def test_every_operation(harness: Harness) -> None:
     found = exercise(harness, 6)
-    assert found.total() > 150 and found["positive 2xx"] > 25 and found["negative 4xx"] > 50, found
+    assert found.total() > 120 and found["positive 2xx"] > 12 and found["negative 4xx"] > 25, found
     assert not found["positive 5xx"] + found["negative 5xx"]
 
 
