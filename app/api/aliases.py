@@ -15,7 +15,8 @@ from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
 from app.api.preconditions import etag, expected_etag
-from app.api.schemas import AliasReply, AliasRequest, Deleted, HistoryEntry, Page
+from app.api.registry_schemas import AliasReply, AliasRequest, Deleted, HistoryEntry
+from app.api.schemas import Page
 from app.errors import InvalidRequest, PreconditionRequired
 from app.registry import Alias, Entry, Registry
 from app.registry.reference import not_found

@@ -15,7 +15,7 @@ from app.access import Caller
 from app.api.access import CallerDep
 from app.api.deps import State, StateDep
 from app.api.registry import VersionDep
-from app.api.schemas import InspectReply
+from app.api.registry_schemas import InspectReply
 from app.errors import SoftpromptError
 from app.registry import DEFAULT_ALIAS, Registry, Version
 from app.soft_prompt import SoftPrompt

@@ -15,13 +15,8 @@ from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, paged
 from app.api.preconditions import etag, is_unchanged
-from app.api.schemas import (
-    Deleted,
-    Page,
-    PublishReply,
-    TaskReply,
-    VersionReply,
-)
+from app.api.registry_schemas import Deleted, PublishReply, TaskReply, VersionReply
+from app.api.schemas import Page
 from app.api.upload import UPLOAD_BODY, Upload, read_upload
 from app.checkpoint import Checkpoint, read_checkpoint, read_manifest
 from app.engine import Engine

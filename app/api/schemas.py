@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.logprobs import MIN_LOGPROB
 from app.engine import MAX_LOGPROBS, MAX_SEED
-from app.manifest import Label, Manifest, StopString
-from app.registry import MAX_SPLIT
+from app.manifest import Label, StopString
 
 T = TypeVar("T")
 
 MAX_INPUTS = 256
-MAX_NUMBER = 10**9  # of a version
 MAX_OUTPUTS = 256  # inputs times n
 MAX_MEMBERS = 16  # of an ensemble
 MAX_BIASES = 1024
@@ -41,11 +39,11 @@ def as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """OpenAI's, in which `strict` says nothing here: the constraint always holds."""
 
     name: Annotated[str | None, Field(max_length=200)] = None
@@ -54,15 +52,15 @@ class JsonSchemaFormat(_Strict):
     strict: bool | None = None
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Strict):
+class JsonObjectFormat(Strict):
     type: Literal["json_object"]
 
 
-class JsonFormat(_Strict):
+class JsonFormat(Strict):
     type: Literal["json_schema"]
     json_schema: JsonSchemaFormat
 
@@ -73,7 +71,7 @@ User = Annotated[
 ]
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(Strict):
     """Fields left out come from the version's defaults, then from the values described here."""
 
     task: Reference = None
@@ -136,7 +134,7 @@ class GenerateRequest(_Strict):
     raw: Annotated[bool, Field(description="Apply neither the version's template nor its defaults")] = False
 
 
-class ClassifyRequest(_Strict):
+class ClassifyRequest(Strict):
     task: Reference = None
     input: Input
     cache_salt: CacheSalt = None
@@ -145,26 +143,6 @@ class ClassifyRequest(_Strict):
         list[Label] | None,
         Field(min_length=2, max_length=1_000, description="Labels to choose from; the version's if absent"),
     ] = None
-
-
-class AliasRequest(_Strict):
-    """Either of the two."""
-
-    version: Annotated[int, Field(ge=1, lt=MAX_NUMBER)] | None = None
-    weights: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")], Annotated[float, Field(gt=0)]] | None,
-        Field(
-            min_length=1,
-            max_length=MAX_SPLIT,
-            description="A canary: version to weight, chosen per request, always the same for the same `user`",
-        ),
-    ] = None
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        if (self.version is None) == (self.weights is None):
-            raise ValueError("give either version or weights")
-        return self
 
 
 class PromptTokensDetails(BaseModel):
@@ -249,87 +227,6 @@ class Model(BaseModel):
     aliases: list[str]
     num_virtual_tokens: int
     max_model_len: int  # positions, virtual tokens included
-
-
-class VersionReply(Manifest):
-    task: str
-    version: int
-    reference: str
-    aliases: list[str]
-    pins: int  # requests that use it now
-    deleted_at: str | None = None  # set: it can be restored until its files are collected
-
-
-class PublishReply(VersionReply):
-    warnings: list[str]
-
-
-class AliasReply(BaseModel):
-    task: str
-    alias: str
-    version: Annotated[int, Field(description="Of a canary, the one with the largest share")]
-    weights: dict[str, float] | None = None  # of a canary; they sum to 1
-
-
-class TaskReply(BaseModel):
-    object: Literal["task"]
-    task: str
-    versions: list[int]
-    aliases: Annotated[dict[str, int], Field(description="Of a canary, the version with the largest share")]
-
-
-class Deleted(BaseModel):
-    id: str
-    object: Literal["task", "version", "alias"]
-    deleted: Literal[True]
-
-
-class HistoryEntry(BaseModel):
-    """One change of a task, as its log has it."""
-
-    object: Literal["change"]
-    seq: int  # also the etag of an alias that this moved
-    op: str
-    actor: str
-    time: str  # RFC 3339, UTC
-    alias: str | None
-    version: int | None
-    weights: dict[str, float] | None
-
-
-class NearToken(BaseModel):
-    id: int
-    text: str
-    similarity: float  # cosine
-
-
-class VirtualToken(BaseModel):
-    """Norms are those of float32; keys and values have one over all layers and heads."""
-
-    index: int
-    norm: float | None = None
-    nearest: list[NearToken] | None = None  # of the vocabulary; keys and values have none
-    key_norm: float | None = None
-    value_norm: float | None = None
-
-
-class SimilarVersion(BaseModel):
-    reference: str
-    similarity: float
-
-
-class InspectReply(BaseModel):
-    task: str
-    version: int
-    digest: str
-    kind: Literal["embedding", "kv"]
-    num_virtual_tokens: int
-    embedding_norm: float | None  # median over the vocabulary
-    virtual_tokens: list[VirtualToken]
-    similar: Annotated[
-        list[SimilarVersion],
-        Field(description="Other tasks, by the cosine between the means over the virtual tokens (Vu et al. 2022)"),
-    ]
 
 
 class AuditReply(BaseModel):
