@@ -425,6 +425,24 @@ def test_a_capture_that_fails_ends_the_graphs_only(limit: int, monkeypatch: pyte
     assert len(made.graphs.captured) == limit
 
 
+def test_a_want_of_memory_at_a_capture_passes_and_graphs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model("mistral")
+    made = make(model, monkeypatch, graphs=True)
+    row, capture = Row(model, made, 40, seed=1), made.graphs.capture
+    compare(made.forward, [(row, row.span(20, 1))])
+
+    def full(_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for the graph")
+
+    monkeypatch.setattr(made.graphs, "capture", full)
+    span = row.span(1, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.forward([span])
+    monkeypatch.setattr(made.graphs, "capture", capture)
+    compare(made.forward, [(row, span)])
+    assert made.graphs.replays and "CUDA graphs on" in made.forward.describe
+
+
 # -- the check at start ------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from app.errors import (
 )
 from app.soft_prompt import BaseInfo, SoftPrompt
 from tests.peft_oracle import PEFT_TYPES, oracle_generate, read_folder, save_adapter
-from tests.tiny import ARCHITECTURES, VOCAB_SIZE, tiny_info, tiny_model
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE, random_prompt, tiny_info, tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -38,11 +38,6 @@ TEXT = [3, 1, 4, 1, 5]
 
 def greedy(max_tokens: int = 10, **params: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, **params)
-
-
-def random_prompt(seed: int, length: int = 7) -> SoftPrompt:
-    tensor = torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
-    return SoftPrompt("embedding", tensor, digest=f"sha256:{seed}")
 
 
 async def collect(generation: AsyncIterator[Token]) -> list[int]:

@@ -266,7 +266,8 @@ def test_a_poisoned_row_poisons_itself_only(
         )
         assert torch.equal(logits[:20], reference) and torch.equal(logits[40:], reference)
         assert torch.equal(logits[20:23], reference[:3])
-        assert not torch.isfinite(logits[23:40]).all(dim=1).any() or poison == 3e38
+        if poison != 3e38:  # which is finite, and may stay so
+            assert not torch.isfinite(logits[23:40]).all(dim=1).any()
     # Decode, behind a past that is poisoned.
     native.cache.data[:, :, native.cache.slots(bad, 2, 3)] = poison
     logits = native.decoder([Span(t, 19, 20, text[19:], 1) for t in (good, bad, last)])

@@ -352,3 +352,47 @@ def test_known_text_gives_way_to_new_text_oldest_first() -> None:
     blocks.release([reused])
     assert blocks.allocate(1) is not None
     assert [blocks.knows(name) for name in (b"a", b"b", b"c")] == [True, False, True]
+
+
+def test_loads_of_many_tasks_take_no_more_blocks_than_a_step_can_fill() -> None:
+    """They can be neither evicted nor preempted, so streams would have to make room for them."""
+    scheduler = Scheduler(BlockManager(1 + 40, 4), 8, 16)
+    stream = sequence(None, 4, 60)
+    scheduler.add(stream)
+    for row in run(scheduler, scheduler.schedule()):
+        row.sequence.append(7, None)  # type: ignore[attr-defined]
+    for i in range(10):
+        scheduler.add(sequence(FakePrompt(f"sha256:{i}", 24, "embedding"), 2, 2))
+    bare = sequence(None, 3, 2, token=5)
+    scheduler.add(bare)
+    started = False
+    for _ in range(400):
+        if not scheduler.has_work:
+            break
+        step = scheduler.schedule()
+        assert sum(len(load.block_table) for load in scheduler.loading.values()) <= 4 * 3
+        started = started or any(row.sequence is bare for row in step.rows)
+        assert started, "the bare base model has no prompt to wait for"
+        for row in run(scheduler, step):
+            if row.num_logits and row.sequence.append(7, None):  # type: ignore[attr-defined]
+                scheduler.remove(row.sequence)
+        check(scheduler)
+    assert not scheduler.has_work and scheduler.num_preemptions == 0
+
+
+def test_a_load_gives_up_its_blocks_before_a_stream_does() -> None:
+    scheduler = Scheduler(BlockManager(1 + 8, 4), 8, 64)
+    stream = sequence(None, 4, 20)
+    scheduler.add(stream)
+    for row in run(scheduler, scheduler.schedule()):
+        row.sequence.append(7, None)  # type: ignore[attr-defined]
+    waiting = sequence(FakePrompt("sha256:a", 24, "embedding"), 2, 2)
+    scheduler.add(waiting)
+    step = scheduler.schedule()  # six blocks for the prompt, a second one for the stream
+    assert {type(row.sequence) for row in step.rows} == {GenerationSequence, PromptSequence}
+    stream.token_ids += [7] * 4
+    stream.num_computed_tokens = stream.num_tokens - 1
+    step = scheduler.schedule()
+    assert [row.sequence for row in step.rows] == [stream] and scheduler.num_preemptions == 0
+    assert list(scheduler.waiting) == [waiting]
+    check(scheduler)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from app.base_model import BaseModel, load_base_model
-from app.soft_prompt import BaseInfo
+from app.soft_prompt import BaseInfo, SoftPrompt
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "gemma3")
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")  # what the fused decoders cover
@@ -211,3 +211,8 @@ def tiny_base(architecture: str) -> BaseModel:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     folder = save_tiny(home / f"tiny-{architecture}", architecture)
     return load_base_model(str(folder), cache_dir=home / "cache", device="cpu")
+
+
+def random_prompt(seed: int, length: int = 7) -> SoftPrompt:
+    tensor = torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
+    return SoftPrompt("embedding", tensor, digest=f"sha256:{seed}")

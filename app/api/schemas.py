@@ -90,7 +90,7 @@ class GenerateRequest(Strict):
     top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1, description="0 switches it off")] = None
     min_p: Annotated[float | None, Field(ge=0, le=1, description="Least probability, relative to the best's")] = None
     repetition_penalty: Annotated[
-        float | None, Field(gt=0, le=100, description="Of tokens in the input and the answer; 1 switches it off")
+        float | None, Field(ge=0.01, le=100, description="Of tokens in the input and the answer; 1 switches it off")
     ] = None
     presence_penalty: Annotated[Penalty, Field(description="Of tokens in the answer, once")] = None
     frequency_penalty: Annotated[Penalty, Field(description="Of tokens in the answer, for each time")] = None

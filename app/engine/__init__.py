@@ -53,7 +53,7 @@ class SamplingParams:
         self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("top_k", self.top_k >= 0, "at least 0")
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        self._check("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100")
+        self._check("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100")
         self._check("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
         self._check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2")
         self._check("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "-100 to 100 each")

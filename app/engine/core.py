@@ -39,6 +39,7 @@ class EngineCore:
         self.num_steps = 0
         self.num_loads = 0
         self._releases: dict[Sequence, Callable[[], None]] = {}  # requests that have not ended
+        self._unloaded: set[str] = set()  # prompts to be forgotten once more, with the last of their requests
 
     @property
     def has_work(self) -> bool:
@@ -61,11 +62,22 @@ class EngineCore:
             on_release()
 
     def unload(self, digest: str) -> None:
-        """Forget a prompt's keys and values; rows that stand on them finish first."""
+        """Forget a prompt's keys and values; rows that stand on them finish first.
+
+        Requests that have not started yet bring them back for as long as they last.
+        """
+        self._forget_prompt(digest)
+        if self._is_used(digest):
+            self._unloaded.add(digest)
+
+    def _forget_prompt(self, digest: str) -> None:
         self.runner.host.drop(digest)
         prefix = self.blocks.prefix(digest)
         if prefix is not None:
             self.scheduler.drop(prefix)
+
+    def _is_used(self, digest: str) -> bool:
+        return any(sequence.prompt is not None and sequence.prompt.digest == digest for sequence in self._releases)
 
     def step(self, before_run: Callable[[], None] = lambda: None) -> None:
         """Advance every scheduled row. An exception fails the prompt or the rows that cause it and no others.
@@ -74,7 +86,7 @@ class EngineCore:
         """
         step = self.scheduler.schedule()
         self._load(step)
-        _with_memory(lambda: self.runner.cache.copy(step.copies))
+        self._with_memory(lambda: self.runner.cache.copy(step.copies))
         before_run()
         self._run([row for row in step.rows if self._is_live(row)])
         self.num_steps += 1
@@ -84,7 +96,7 @@ class EngineCore:
     def _load(self, step: Step) -> None:
         for prompt, prefix in step.loads:
             try:
-                _with_memory(lambda: self.runner.load(prompt, prefix))  # noqa: B023  # called at once
+                self._with_memory(lambda: self.runner.load(prompt, prefix))  # noqa: B023  # called at once
                 self.num_loads += 1
             except Exception as error:
                 if is_fatal(error):
@@ -94,7 +106,7 @@ class EngineCore:
     def _run(self, rows: list[Row]) -> None:
         """Run the rows and take in what they gave. A failing batch is halved until what fails is alone."""
         try:
-            output = _with_memory(lambda: self.runner.run(rows))
+            output = self._with_memory(lambda: self.runner.run(rows))
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -112,6 +124,23 @@ class EngineCore:
     def _is_live(self, row: Row) -> bool:
         sequence = row.sequence
         return sequence in self.scheduler.running or sequence in self.scheduler.loading.values()
+
+    def _with_memory(self, work: Callable[[], T]) -> T:
+        """`work` once more, if there is no memory for it, after all that can be spared has been given back.
+
+        That is the tier in host memory, and what torch holds unused on a GPU. The KV cache is taken at start and
+        never grows, so evicting from it would free nothing.
+        """
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("out of memory; the prompts in host memory are given up, and what is unused on the device")
+            self.runner.host.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return work()
 
     # -- after the model has run -----------------------------------------------------------------------------------
 
@@ -133,7 +162,7 @@ class EngineCore:
             return
         prefix = self._prefix_of(sequence)
         try:
-            _with_memory(lambda: self.runner.keep(prefix))
+            self._with_memory(lambda: self.runner.keep(prefix))
         except Exception as error:
             if is_fatal(error):
                 raise
@@ -192,7 +221,8 @@ class EngineCore:
             if len(tokens) == 1:
                 score.pending -= 1
             else:
-                sequence = ContinuationSequence([*context.token_ids, *tokens], score.prompt, score=score, index=index)
+                text = [*context.token_ids, *tokens]
+                sequence = ContinuationSequence(text, score.prompt, context.salt, score=score, index=index)
                 self.scheduler.add_next(sequence)
 
     # -- ends ------------------------------------------------------------------------------------------------------
@@ -221,6 +251,10 @@ class EngineCore:
             return
         try:
             self.scheduler.remove(sequence)
+            digest = sequence.prompt.digest if sequence.prompt else None
+            if digest in self._unloaded and not self._is_used(digest):
+                self._unloaded.discard(digest)
+                self._forget_prompt(digest)
         finally:  # even if the books are broken, which ends the engine: nobody else knows of this request any more
             if error is not None:
                 sequence.fail(error)
@@ -240,18 +274,9 @@ def is_fatal(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError)
 
 
-def _with_memory(work: Callable[[], T]) -> T:
-    """`work` once more, if the device has no memory for it, after all that lies unused has been given back.
-
-    The KV cache is taken at start and never grows, so evicting from it would free nothing.
-    """
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        log.warning("out of memory; what is unused goes back to the device")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return work()
+def is_out_of_memory(error: Exception) -> bool:
+    """On a device, in native code, or as torch's allocator for the CPU says it, which has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _client_error(error: Exception) -> SoftpromptError:

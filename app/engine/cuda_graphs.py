@@ -15,6 +15,7 @@ import torch
 
 from app.engine.forward import Span
 from app.engine.paged_attention import PagedBatch
+from app.engine.upload import upload
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _TOKENS, _POSITIONS, _SLOTS, _NUM_KEYS = range(4)  # rows of the header
@@ -59,13 +60,9 @@ class CudaGraphs:
         return replay
 
 
-def upload(ints: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int32 on the device by one copy; on CUDA one that nobody waits for.
-
-    The caching host allocator keeps the pinned memory until the copy is done.
-    """
-    host = torch.frombuffer(array("i", ints), dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+def upload_ints(ints: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int32 on the device by one copy."""
+    return upload(torch.frombuffer(array("i", ints), dtype=torch.int32), device)
 
 
 class DecodeInputs:
@@ -98,7 +95,7 @@ class DecodeInputs:
         for table in tables:
             ints += table
             ints += [0] * (width - len(table))
-        staged = upload(ints, self._header.device)
+        staged = upload_ints(ints, self._header.device)
         header, cu_keys, flat_tables = staged.split_with_sizes([4 * rows, rows + 1, rows * width])
         self._header[:, :rows].copy_(header.view(4, rows))
         self._cu_keys[: rows + 1].copy_(cu_keys)
@@ -162,7 +159,7 @@ class GraphRunner:
         )
 
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
-        """float32 logits [spans, vocab_size], the caller's own. Raises CaptureFailed."""
+        """float32 logits [spans, vocab_size], the caller's own. Raises CaptureFailed, OutOfMemoryError."""
         rows = next(size for size in self._buckets if size >= len(spans))
         lengths, tables = self._inputs.fill(rows, spans, self._block_size)
         batch = self._inputs.batch(rows, lengths, tables, self._block_size)
@@ -170,6 +167,8 @@ class GraphRunner:
         if rows not in self._graphs:
             try:
                 self._graphs[rows] = self._backend.capture(lambda: self._decode(self._inputs, batch))
-            except Exception as error:  # a driver, a kernel or memory, each in its own way
+            except torch.OutOfMemoryError:
+                raise  # a want of memory passes: this step fails or is tried again, the next one captures
+            except Exception as error:  # a driver or a kernel, each in its own way
                 raise CaptureFailed(f"a graph for {rows} rows: {error}") from error
         return self._graphs[rows]()[: len(spans)].to(torch.float32, copy=True)

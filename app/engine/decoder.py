@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from app.engine.attention_kernels import Kind, choose_attention
-from app.engine.cuda_graphs import CaptureFailed, CudaGraphs, DecodeInputs, GraphBackend, GraphRunner, upload
+from app.engine.cuda_graphs import CaptureFailed, CudaGraphs, DecodeInputs, GraphBackend, GraphRunner, upload_ints
 from app.engine.forward import Span
 from app.engine.kv_cache import KVCache
 from app.engine.paged_attention import Geometry, PagedBatch
@@ -149,7 +149,7 @@ class FusedDecoder:
         ends = accumulate(lengths, initial=0)
         width = max(map(len, tables))
         flat = [block for table in tables for block in (*table, *[0] * (width - len(table)))]
-        staged = upload([*tokens, *positions, *slots, *wanted, *starts, *ends, *lengths, *flat], self._data.device)
+        staged = upload_ints([*tokens, *positions, *slots, *wanted, *starts, *ends, *lengths, *flat], self._data.device)
         rows = len(spans)
         ids, at, into, wanted_rows, cu_queries, cu_keys, num_keys, flat_tables = staged.split_with_sizes(
             [total, total, total, len(wanted), rows + 1, rows + 1, rows, rows * width]

@@ -39,6 +39,10 @@ class HostCache:
         while self.num_bytes > self._max_bytes:
             self.drop(next(iter(self._entries)))
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self.num_bytes = 0
+
     def drop(self, digest: str) -> None:
         entry = self._entries.pop(digest, None)
         if entry is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from app.engine import Constraint, SamplingParams
+from app.engine.upload import upload
 from app.errors import EngineFailed, SoftpromptError
 
 
@@ -92,7 +93,7 @@ class _Places:
         return torch.tensor(values, dtype=torch.float32)[self.row]
 
     def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.row.to(device), self.token.to(device)
+        return upload(self.row, device), upload(self.token, device)
 
 
 def _repetition_penalty(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -102,7 +103,7 @@ def _repetition_penalty(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> No
         return
     places = _Places(logits, [(i, row.token_ids) for i, row in used])
     index = places.index(logits.device)
-    penalty = places.of([row.params.repetition_penalty for row in rows]).to(logits.device)
+    penalty = upload(places.of([row.params.repetition_penalty for row in rows]), logits.device)
     found = logits[index]
     # A token that occurs twice is written twice, with the same value.
     logits[index] = torch.where(found > 0, found / penalty, found * penalty)
@@ -118,7 +119,7 @@ def _presence_and_frequency_penalties(logits: torch.Tensor, rows: Sequence[Sampl
     presence = places.of([row.params.presence_penalty for row in rows])
     frequency = places.of([row.params.frequency_penalty for row in rows])
     index = places.index(logits.device)
-    logits[index] = logits[index] - (presence + frequency * counts).to(logits.device)
+    logits[index] = logits[index] - upload(presence + frequency * counts, logits.device)
 
 
 def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -130,7 +131,7 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     values = [biases[token] for (_, biases), (_, tokens) in zip(used, known, strict=True) for token in tokens]
     bias = torch.tensor(values, dtype=torch.float32)
     index = places.index(logits.device)
-    logits[index] = logits[index] + bias.to(logits.device)
+    logits[index] = logits[index] + upload(bias, logits.device)
 
 
 def _in_vocabulary(token_ids: Iterable[int], logits: torch.Tensor) -> list[int]:
@@ -163,9 +164,9 @@ def _apply_constraints(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> dic
             errors[i] = EngineFailed(f"the constraint failed: {error}")
             errors[i].__cause__ = error
     if masks:
-        words = torch.stack(list(masks.values())).to(logits.device)
+        words = upload(torch.stack(list(masks.values())), logits.device)
         bits = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = ((words.unsqueeze(-1) >> bits) & 1).bool().flatten(1)[:, :vocab_size]
-        index = torch.tensor(list(masks), device=logits.device)
+        index = upload(torch.tensor(list(masks)), logits.device)
         logits[index] = logits[index].masked_fill(~allowed, -torch.inf)
     return errors

@@ -17,6 +17,7 @@ from app.engine.kv_cache import KVCache
 from app.engine.sampler import Sampled, SamplingRow, sample, target_logprobs, token_logprobs
 from app.engine.scheduler import Row
 from app.engine.sequence import ContextSequence, ContinuationSequence, GenerationSequence
+from app.engine.upload import upload
 from app.errors import InvalidBaseModel, NumericalError
 from app.soft_prompt import BaseInfo, SoftPrompt
 
@@ -111,7 +112,7 @@ class ModelRunner:
             return
         positions = [position for position, _ in drawing]
         if positions != list(range(len(logits))):  # else every row draws, as in a plain decoding step
-            logits = logits[torch.tensor(positions, device=logits.device)]
+            logits = logits[upload(torch.tensor(positions), logits.device)]
         found = sample(logits, [_sampling_row(row.sequence) for _, row in drawing])
         output.tokens.update(zip((row for _, row in drawing), found, strict=True))
 

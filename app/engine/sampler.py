@@ -10,6 +10,7 @@ import torch
 from app.engine import Logprob
 from app.engine.distribution import crossing, ranked, total, tree, weights
 from app.engine.logits import SamplingRow, is_plain, process
+from app.engine.upload import upload
 from app.errors import InvalidRequest, NumericalError
 
 __all__ = ["Sampled", "SamplingRow", "sample", "target_logprobs", "token_logprobs"]
@@ -35,7 +36,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | 
     A token is drawn by inverting the cumulative distribution in vocabulary order (see app.engine.distribution).
     """
     logits = _prepared(logits)
-    device, vocab_size = logits.device, logits.shape[-1]
+    vocab_size = logits.shape[-1]
     best, tokens = logits.max(dim=-1)  # NOTE: max propagates NaN, so it also finds the broken rows
     finite = torch.isfinite(best)
 
@@ -43,7 +44,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | 
     changed = [i for i, row in enumerate(rows) if not is_plain(row)]
     processed = logits
     if changed:
-        index = torch.tensor(changed, device=device)
+        index = _index(changed, logits.device)
         found, errors = process(logits[index], [rows[i] for i in changed])
         errors = {changed[i]: error for i, error in errors.items()}
         processed = logits.index_copy(0, index, found) if len(changed) < len(rows) else found
@@ -54,7 +55,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled | 
             i for i, row in enumerate(rows) if row.params.temperature > 0 and _has_filter(row, vocab_size) == has_filter
         ]
         for some in _chunks(warm, logits):
-            index = torch.tensor(some, device=device)
+            index = _index(some, logits.device)
             tokens[index] = choose(processed[index], best[index], [rows[i] for i in some])
 
     ids, is_finite, is_possible = torch.stack([tokens, finite.long(), (best > -torch.inf).long()]).tolist()
@@ -80,7 +81,7 @@ def token_logprobs(logits: torch.Tensor, targets: Sequence[int], num_top: int) -
     found: list[Logprob] = []
     for some in _chunks(range(len(targets)), logits):
         chunk = _prepared(logits[some[0] : some[-1] + 1])
-        ids = torch.tensor([targets[i] for i in some], device=chunk.device)
+        ids = _index([targets[i] for i in some], chunk.device)
         found += _logprobs(chunk, ids, [num_top] * len(some))
     if any(item.logprob != item.logprob for item in found):
         raise NumericalError("the model's logits are not finite")
@@ -95,12 +96,12 @@ def target_logprobs(logits: torch.Tensor, positions: Sequence[int], targets: Seq
     places = {position: place for place, position in enumerate(dict.fromkeys(positions))}
     bests, totals = [], []
     for some in _chunks(list(places), logits):
-        chunk = _prepared(logits[torch.tensor(some, device=logits.device)])
+        chunk = _prepared(logits[_index(some, logits.device)])
         bests.append(chunk.amax(dim=-1))
         totals.append(_log_total(chunk, bests[-1]))
-    index = torch.tensor([positions, targets], device=logits.device)
+    index = upload(torch.tensor([positions, targets]), logits.device)
     values = _prepared(logits[index[0], index[1]])
-    place = torch.tensor([places[position] for position in positions], device=values.device)
+    place = _index([places[position] for position in positions], values.device)
     found: list[float] = ((values - torch.cat(bests)[place]).double() - torch.cat(totals)[place]).tolist()
     return found
 
@@ -121,7 +122,7 @@ def _sampled_logprobs(logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence
     counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
     found: dict[int, Logprob] = {}
     for some in _chunks(list(counts), logits):
-        index = torch.tensor(some, device=logits.device)
+        index = _index(some, logits.device)
         found |= zip(some, _logprobs(logits[index], tokens[index], [counts[i] for i in some]), strict=True)
     return found
 
@@ -151,9 +152,14 @@ def _has_filter(row: SamplingRow, vocab_size: int) -> bool:
     return 0 < row.params.top_k < vocab_size or row.params.top_p < 1 or row.params.min_p > 0
 
 
+def _index(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [numbers]"""
+    return upload(torch.tensor(numbers, dtype=torch.int64), device)
+
+
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
     """float64 [rows]"""
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return upload(torch.tensor(values, dtype=torch.float64), device)
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -176,7 +182,7 @@ def _draw_filtered(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Samp
     mass = torch.zeros_like(temperature)
     whole = [i for i, row in enumerate(rows) if row.params.top_p < 1 and top_k[i] == vocab_size]
     if whole:
-        index = torch.tensor(whole, device=device)
+        index = _index(whole, logits.device)
         mass[index] = total(tree(weights(logits[index], best[index], temperature[index])))
     largest = max((k for k in top_k if k < vocab_size), default=1)
     width = WIDTH if any(k == vocab_size for k in top_k) else 1
@@ -186,7 +192,7 @@ def _draw_filtered(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Samp
     tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
     pending = list(range(len(rows)))
     while pending:
-        index = torch.tensor(pending, device=device)
+        index = _index(pending, logits.device)
         picked = logits if len(pending) == len(rows) else logits[index]
         chosen, settled = _draw_from_best(
             picked,
@@ -218,7 +224,7 @@ def _draw_from_best(
     device = logits.device
     ids = ranked(logits, width)
     rank = torch.arange(width, device=device)
-    limit = torch.tensor(top_k, device=device)
+    limit = _index(top_k, logits.device)
     top_p = _column([row.params.top_p for row in rows], device)
     min_p = _column([row.params.min_p for row in rows], device)
 

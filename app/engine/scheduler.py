@@ -129,8 +129,9 @@ class Scheduler:
         sequence, size = row.sequence, self.blocks.block_size
         sequence.num_computed_tokens = row.end
         first = max(row.start // size, sequence.num_virtual_tokens // size)
-        if sequence.shares_text and first < row.end // size:
-            for index, name in enumerate(sequence.block_names(first, row.end // size, size), start=first):
+        end = min(row.end, sequence.num_shared_tokens) // size
+        if first < end:
+            for index, name in enumerate(sequence.block_names(first, end, size), start=first):
                 self.blocks.name(sequence.block_table[index], name)
                 if self._computing.get(name) is sequence:
                     del self._computing[name]
@@ -150,6 +151,8 @@ class Scheduler:
                     continue  # a twin is at it; in a moment its blocks can be shared
                 prefix = context
                 if prefix is None and sequence.prompt is not None:
+                    if self._is_busy_loading(sequence.prompt):
+                        continue
                     prefix = self._find_or_load(step, sequence.prompt)
                     if prefix is None:
                         return budget  # nobody overtakes it to the blocks that are freed next
@@ -184,6 +187,16 @@ class Scheduler:
         for name in names[num_found:]:
             self._computing.setdefault(name, sequence)
         return True
+
+    def _is_busy_loading(self, prompt: SoftPrompt) -> bool:
+        """Whether the prompt would have to be computed behind a step's worth of others: it takes no blocks yet.
+
+        They could be neither evicted nor preempted, and nothing would come of them any sooner.
+        """
+        outstanding = sum(load.num_uncomputed_tokens for load in self.loading.values())
+        if outstanding < self.max_num_batched_tokens or self.has_keys_and_values(prompt):
+            return False
+        return self.blocks.prefix(prompt.digest) is None
 
     def _find_or_load(self, step: Step, prompt: SoftPrompt) -> Prefix | None:
         """The prompt's prefix; if it is not resident, with blocks and on its way. None: no blocks, or not now."""
@@ -229,13 +242,19 @@ class Scheduler:
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for all its tokens, preempting the newest sequences; False if that was `sequence`."""
+        """Make room for all its tokens, giving up the newest loads, then preempting the newest sequences.
+
+        False if `sequence` itself was preempted.
+        """
         missing = self.blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
         while missing > 0:
             blocks = self.blocks.allocate(missing)
             if blocks is not None:
                 sequence.block_table += blocks
                 break
+            if self.loading:
+                self.drop(next(reversed(self.loading)))  # its requests wait on, and start it again
+                continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:

@@ -52,13 +52,13 @@ class Sequence:
         return None
 
     @property
-    def shares_text(self) -> bool:
-        """Whether others may continue its text, so that its full blocks are worth finding."""
-        return False
+    def num_shared_tokens(self) -> int:
+        """Positions whose text others may have too, so that the full blocks of it are worth finding."""
+        return 0
 
     @property
     def reads_cached_text(self) -> bool:
-        return self.shares_text
+        return self.num_shared_tokens > 0
 
     @property
     def first_needed_position(self) -> int:
@@ -119,8 +119,8 @@ class GenerationSequence(Sequence):
         self._random = random.Random(None if self.params.seed is None else str(self.params.seed))
 
     @property
-    def shares_text(self) -> bool:
-        return True
+    def num_shared_tokens(self) -> int:
+        return self.num_tokens
 
     @property
     def reads_cached_text(self) -> bool:
@@ -133,10 +133,6 @@ class GenerationSequence(Sequence):
         if self._draw is None:
             self._draw = self._random.random()
         return self._draw
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
     def num_logits(self, start: int, end: int) -> int:
         if self.params.prompt_logprobs is None or start >= self.num_virtual_tokens + self.num_prompt_tokens:
@@ -223,8 +219,8 @@ class ContextSequence(Sequence):
         self.score.owner = self
 
     @property
-    def shares_text(self) -> bool:
-        return True
+    def num_shared_tokens(self) -> int:
+        return self.num_tokens
 
     def num_logits(self, start: int, end: int) -> int:
         return int(end == self.num_tokens)
@@ -250,9 +246,9 @@ class ContinuationSequence(Sequence):
         return self.score.key
 
     @property
-    def reads_cached_text(self) -> bool:
-        """If its context was evicted, most of that may still be found."""
-        return True
+    def num_shared_tokens(self) -> int:
+        """If its context was evicted, the first continuation computes it again and the others find it."""
+        return self.first_scored_position
 
     @property
     def first_needed_position(self) -> int:
