@@ -150,4 +150,5 @@ def test_soak(tmp_path: Path) -> None:
         f"threads {min(threads)} to {max(threads)}"
     )
     assert max(descriptors) - min(descriptors) <= 4 and max(threads) - min(threads) <= 45
-    assert rss[-1] - rss[0] < 20 + requests[-1] * 1e-3  # TO TIGHTEN
+    # Each worker thread keeps some MB until it ends; anything kept of requests would go on growing.
+    assert rss[-1] - rss[0] < 30
