@@ -52,6 +52,7 @@ async def classify(
     An ensemble's probabilities are the mean of its members' (Lester et al. 2021, section 6).
     """
     inputs = as_list(body.input)
+    _check_rows(body, state.max_rows)
     with until(deadline):
         async with leased(state, caller, body.task, user=body.user) as leases:
             labels = _labels(body, [lease.version for lease in leases], len(inputs))
@@ -96,6 +97,16 @@ def softmax(scores: Sequence[float]) -> list[float]:
     powers = [math.exp(score - largest) for score in scores]
     total = math.fsum(powers)
     return [power / total for power in powers]
+
+
+def _check_rows(body: ClassifyRequest, max_rows: int) -> None:
+    """Raises InvalidRequest. Each input is a row behind each member; labels need no room of their own."""
+    members = len(body.task) if isinstance(body.task, list) else 1
+    count = len(as_list(body.input)) * members
+    if count > max_rows:
+        param = "input" if members == 1 else "task"
+        found = f"{count} inputs" + ", counted for each member," * (members > 1)
+        raise InvalidRequest(f"{param}: {found} exceed {max_rows} in one request", param=param)
 
 
 def _labels(body: ClassifyRequest, versions: Sequence[Version | None], num_inputs: int) -> list[str]:

@@ -16,6 +16,7 @@ from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
+from app.engine.in_flight import InFlight
 from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
@@ -55,6 +56,11 @@ class State:
     @cached_property
     def door(self) -> Door:
         return Door(self.engine)
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Of one request: with more there would be no room in an idle engine either, however often it is asked."""
+        return InFlight(self.settings.max_num_seqs + self.settings.max_waiting).max_alone
 
     @cached_property
     def token_texts(self) -> TokenTexts:

@@ -75,7 +75,7 @@ async def generate(
     An ensemble answers by majority: the text that most members give, of those the one whose first giver is named
     first (Lester et al. 2021, section 6).
     """
-    check_request(body, state.base.info.vocab_size)
+    check_request(body, state.base.info.vocab_size, state.max_rows)
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     with until(deadline):
