@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -223,6 +224,29 @@ def test_the_audit_log_is_bounded_and_refusals_push_no_change_out(database: Data
     assert all(len(row.target) == 300 for row in found)
     newest, *rest = [row.id for row in found]
     assert [row.id for row in read_audit(database, limit=2, before=newest)] == rest[:2]
+
+
+def test_targets_can_be_stored_and_printed(database: Database) -> None:
+    sent = "a\x00b\x1b[31m\r\n\u202e\u0085\\é 漢\ud800" + "\x00" * 1000
+    noted = AuditEntry.now(request_id="r", key_id="k", action="a", target=sent, status=404)
+    write_audit(database, [noted], keep=10)
+    (found,) = read_audit(database, limit=10)
+    assert found.target == noted.target and found.target.isprintable() and len(found.target) == 300
+    assert found.target.startswith(r"a\x00b\x1b[31m\r\n\u202e\x85" + "\\é 漢" + r"\ud800\x00\x00")
+
+
+def test_an_entry_that_the_database_refuses_keeps_no_other_out(
+    database: Database, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = AuditEntry("bad", "k", "a", "a\x00b", 404, 1)
+    if "sqlite" in request.node.callspec.id:  # which takes that, so it is made to refuse what is long
+        bad = AuditEntry("bad", "k", "a", "b" * 5_000, 404, 1)
+        sa.event.listen(
+            database._engine, "connect", lambda connection, _: connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2_000)
+        )
+    write_audit(database, [entry(1), bad, entry(2, 403)], keep=10)
+    assert [row.request_id for row in read_audit(database, limit=10)] == ["r2", "r1"]
+    assert "request bad" in caplog.text
 
 
 def test_the_audit_queue_is_bounded() -> None:

@@ -221,6 +221,13 @@ def test_changes_and_refusals_are_noted(harness: KeyedHarness, client: TestClien
         assert client.get(f"/v1/audit?{bad}", headers=admin).status_code == 400, bad
 
 
+def test_a_target_that_is_no_text_is_noted_as_escapes(harness: KeyedHarness, client: TestClient) -> None:
+    admin = harness.key("admin")
+    assert client.delete("/v1/tasks/a%00%1B[31m", headers=admin).status_code == 404
+    (row,) = client.get("/v1/audit?limit=1", headers=admin).json()["data"]
+    assert row["target"] == r"a\x00\x1b[31m"
+
+
 def test_a_key_in_words() -> None:
     key = Key("key_1", "n", "sk-abcd", "", frozenset(["generate"]), ("a*", "b"), "t", Limits(), 0, expires_at=10)
     assert key.has("generate") and not key.has("jobs")
