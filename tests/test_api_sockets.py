@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from app.api.server import bind
 from app.errors import InvalidSettings
 from tests.api_harness import Harness, Listening, events, read_stream, wait_until
+from tests.raw_http import received, replies
 
 GENERATE = {"task": "sentiment", "input": ["a", "b"], "max_tokens": 100_000}
 
@@ -53,6 +57,58 @@ def test_a_client_that_leaves(harness: Harness, server: Listening, how: str, str
     assert [call.releases for call in harness.engine.calls] == [1, 1]
     assert harness.num_pins == 0
     wait_until(lambda: server.num_connections == 0)
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"G", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 20])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_having_sent_more(
+    harness: Harness, server: Listening, streamed: bool, more: bytes
+) -> None:
+    """A stray line end, or the begin of its next request, hides nothing."""
+    harness.engine.delay = 60.0
+    connection = server.post("/v1/generate", {**GENERATE, "stream": streamed})
+    wait_until(lambda: len(harness.engine.calls) == 2)
+    connection.sendall(more)
+    time.sleep(0.05)
+    assert not harness.engine.calls[0].closed
+    connection.close()
+    wait_until(lambda: all(call.closed for call in harness.engine.calls))
+    wait_until(lambda: server.num_connections == 0)
+    assert harness.num_pins == 0
+
+
+def test_a_client_that_leaves_the_second_of_two_requests(harness: Harness, server: Listening) -> None:
+    """What stands behind it was read while the first was answered."""
+    harness.engine.delay = 0.2
+    connection = server.post("/v1/generate", {"input": "a", "max_tokens": 1})
+    data = json.dumps({"input": "a"}).encode()
+    head = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    connection.sendall(head % len(data) + data + b"\r\n")
+    wait_until(lambda: harness.engine.calls[:1] != [] and harness.engine.calls[0].releases == 1)
+    harness.engine.delay = 60.0
+    wait_until(lambda: len(harness.engine.calls) == 2)
+    connection.close()
+    wait_until(lambda: harness.engine.calls[1].closed)
+
+
+def test_a_client_that_leaves_having_offered_an_upgrade(harness: Harness, server: Listening) -> None:
+    harness.engine.delay = 60.0
+    connection = server.post("/v1/generate", GENERATE, headers={"Upgrade": "h2c"})
+    wait_until(lambda: len(harness.engine.calls) == 2)
+    connection.close()
+    wait_until(lambda: all(call.closed for call in harness.engine.calls))
+
+
+def test_a_client_that_sends_and_sends(harness: Harness, server: Listening) -> None:
+    """What is behind a request waits for its reply, but not without end."""
+    harness.engine.delay = 60.0
+    with server.post("/v1/generate", GENERATE) as connection:
+        wait_until(lambda: len(harness.engine.calls) == 2)
+        with suppress(ConnectionError):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        (reply,) = replies(received(connection))
+    assert reply.status == 400 and b'"invalid_http"' in reply.body
+    wait_until(lambda: all(call.closed for call in harness.engine.calls))
 
 
 def test_a_client_that_leaves_while_labels_are_scored(harness: Harness, server: Listening) -> None:

@@ -109,10 +109,12 @@ class Protocol(H11Protocol):
         if self._refused:
             return
         super().data_received(data)
+        self._read_on()
         self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._read_on()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
@@ -122,6 +124,17 @@ class Protocol(H11Protocol):
             self._refuse(HeadTooLarge("the request's head is too large"))
         else:
             self._refuse(InvalidRequest("this is no valid HTTP/1.1 request", code="invalid_http"))
+
+    def _read_on(self) -> None:
+        """See a client leave although it has sent more than its request, or offered to switch protocols.
+
+        uvicorn stops reading there until the reply is complete, and who does not read learns of no end.
+        """
+        if self._refused or self.conn.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):  # type: ignore[attr-defined]
+            return
+        self.flow.resume_reading()
+        if len(self.conn.trailing_data[0]) > MAX_HEAD:
+            self._refuse(InvalidRequest("too much was sent before the reply to this request", code="invalid_http"))
 
     def _watch(self) -> None:
         """Set the clock while the client owes us bytes that nobody else waits for, and stop it otherwise."""
