@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from app.access import AuditEntry, Database, KeyStore, Limits, tables
+from app.access import Access, AuditEntry, Database, KeyStore, Limits, tables
 from app.access.audit import MAX_UNWRITTEN, AuditQueue, read_audit, write_audit
 from app.access.usage import KEPT_DAYS, Usage, read_usage, write_usage
 from app.config import Settings
@@ -266,6 +267,8 @@ def test_the_audit_queue_is_bounded() -> None:
     [
         ("nonsense", "no URL"),
         ("unknown://user:sesame@host/db", "no URL"),
+        ("postgresql+psycopg://user:sesame@host:port/db", "no URL"),
+        ("postgresql+psycopg://user:with:sesame@host:5432sesame/db", "no URL"),
         ("sqlite://", "must be a file"),
         ("sqlite:///:memory:", "must be a file"),
         ("mysql+pymysql://me:sesame@localhost/db", "needs the Python package pymysql"),
@@ -282,6 +285,30 @@ def test_a_server_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(NotReady) as caught:
         database.prepare()
     assert "sesame" not in caplog.text + caught.value.message and "127.0.0.1" not in caught.value.message
+
+
+def test_a_file_that_cannot_be_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is not the same as a file that is not there, which makes an open server."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    look = os.stat
+
+    def forbidden(path: Any, **options: Any) -> os.stat_result:
+        if "forbidden" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    for folder in (loop, tmp_path / ("x" * 300), tmp_path / "forbidden"):
+        settings = Settings(registry=folder)
+        with pytest.raises(NotReady) as caught:
+            _ = Database.of(settings).exists
+        assert str(tmp_path) not in caught.value.message
+        with pytest.raises(NotReady):
+            Access.open(settings)
+    assert not Database.of(Settings(registry=tmp_path / "none")).exists
+    (tmp_path / "file").write_bytes(b"")
+    assert not Database.of(Settings(registry=tmp_path / "file")).exists
 
 
 def test_files_of_sqlite(tmp_path: Path) -> None:
