@@ -12,6 +12,7 @@ from app.access import Access
 from app.api.concurrency import Room
 from app.api.door import Door
 from app.api.logprobs import TokenTexts
+from app.api.places import Places
 from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
@@ -21,6 +22,7 @@ from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
 MAX_WAITING_SCHEMAS = 16  # one is compiled at a time, which may take a second or two
+MAX_UPLOADS = 8  # at once; each may hold its file in memory twice
 
 
 @dataclass
@@ -52,6 +54,7 @@ class State:
     access: Access
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
+    uploads: Places = field(default_factory=lambda: Places(MAX_UPLOADS, "uploads"), init=False)
 
     @cached_property
     def door(self) -> Door:
