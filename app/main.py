@@ -155,6 +155,7 @@ def serve(settings: Settings) -> None:
         engine=engine,
         drain_timeout=settings.drain_timeout,
         receive_timeout=settings.receive_timeout,
+        send_timeout=settings.send_timeout,
         greeting=greeting,
     )
     # A full collection would look at every object of every library, a quarter of a second in which nothing moves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -150,6 +151,58 @@ def test_the_connection_of_a_client_that_stalls(harness: Harness) -> None:
         with server.post("/v1/generate", {**GENERATE, "stream": True}, receive_buffer=4096):
             wait_until(lambda: len(harness.engine.calls) == 2)
             wait_until(lambda: server.num_connections == 0)
+
+
+@pytest.fixture
+def large(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A task whose plain replies fit into no buffer of the kernel; bytes a second of who is slow."""
+    monkeypatch.setattr("app.api.protocol.MIN_RATE", 100_000)
+    harness.publish("large", labels=[f"{number:0200}" for number in range(1_000)])
+    return 100_000
+
+
+# Of the one the transport has more than the 64 KiB of which it tells, of the other less.
+@pytest.mark.parametrize(("path", "size"), [("/v1/tasks/large/versions/1", 200_000), ("/v1/tasks/medium", 40_000)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_who_takes_a_reply_byte_by_byte_is_cut(
+    harness: Harness, server: Listening, large: int, path: str, size: int, kept: bool
+) -> None:
+    """Each of its bytes is acknowledged, so that the kernel sees nothing wrong."""
+    harness.publish("medium", labels=[f"{number:0200}" for number in range(200)])
+    path = path if "large" in path else f"{path}/versions/1"
+    with connect(server.port, 4096) as connection:
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\n" + ("" if kept else "Connection: close\r\n")
+        connection.sendall(head.encode() + b"\r\n")
+        began, taken = time.monotonic(), 0
+        while server.num_connections or not taken:
+            assert time.monotonic() - began < 0.4 + size / large + 5
+            taken += len(connection.recv(1))
+            time.sleep(0.02)
+        assert 0.3 < time.monotonic() - began and taken < 1_000
+
+
+def test_who_takes_a_reply_slowly_gets_all_of_it(server: Listening, large: int) -> None:
+    """In more time than a part of a stream has, and then the next one on the same connection."""
+    with connect(server.port, 4096) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /v1/tasks/large/versions/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            found, began = b"", time.monotonic()
+            reply = http.client.HTTPResponse(connection)
+            reply.begin()
+            while piece := reply.read(4096):
+                found += piece
+                time.sleep(4096 / large / 2)
+            assert reply.status == 200 and len(json.loads(found)["labels"]) == 1_000
+            assert time.monotonic() - began > 0.6
+        assert server.num_connections == 1
+
+
+def connect(port: int, receive_buffer: int) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def test_a_huge_head_is_refused(server: Listening) -> None:
