@@ -21,9 +21,10 @@ from app.access.bucket import Bucket
 from app.access.key import Key
 from app.access.meter import Meter, duration
 from app.access.usage import Usage
-from app.errors import NumericalError, Overloaded, RateLimited
+from app.errors import EngineFailed, NumericalError, Overloaded, RateLimited
 from tests.access_harness import NOON, Clock, KeyedHarness
 from tests.api_harness import wait_until
+from tests.load_harness import live
 from tests.raw_http import exchange
 
 
@@ -227,6 +228,44 @@ def test_only_what_was_made_is_paid(harness: KeyedHarness, client: TestClient) -
     harness.engine.fail_after = (5, NumericalError("it broke"))
     assert generate(client, headers).status_code == 500
     assert left() == 1000 - len(harness.tokens("one two")) - 5
+
+
+ROUTES: dict[str, dict[str, Any]] = {"/v1/generate": {"n": 2}, "/v1/classify": {"labels": ["a", "b"]}}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("how", ["late", "failed", "left"])
+def test_what_never_had_its_turn_costs_nothing(harness: KeyedHarness, path: str, how: str) -> None:
+    headers = harness.key(limits=Limits(tokens_per_minute=1000))
+    body = {"input": ["one two", "three"], **ROUTES[path]}
+    harness.engine.delay = 60.0 if how != "failed" else 0.0
+    harness.engine.fail_after = (0, EngineFailed("it died")) if how == "failed" else None
+    with harness.client() as client:
+        if how == "left":
+            with harness.listening() as listening:
+                connection = listening.post(path, body, headers=headers)
+                wait_until(lambda: len(harness.engine.calls) >= 2)
+                connection.close()
+                wait_until(lambda: all(call.releases for call in harness.engine.calls))
+        else:
+            timeout = {"X-Request-Timeout": "0.1"} if how == "late" else {}
+            assert client.post(path, json=body, headers=headers | timeout).status_code in (500, 504)
+        assert client.get("/info", headers=headers).headers["x-ratelimit-remaining-tokens"] == "1000"
+
+
+def test_of_several_inputs_those_are_paid_that_had_their_turn(harness: KeyedHarness) -> None:
+    """On a real engine of one row: the second input, a long one, waits behind the first."""
+    headers = harness.key()
+    texts = ["the first one", "and another text " * 20]
+    first, second = (len(harness.tokens(text)) for text in texts)
+    with live(harness.settings.registry, max_num_seqs=1, step_seconds=0.02) as server:
+        access = server.listening.server.lifespan.state["server"].access
+        body = {"input": texts, "max_tokens": 100, "ignore_eos": True}
+        reply = server.ask("POST", "/v1/generate", body, headers={**headers, "X-Request-Timeout": "1"})
+        assert reply.status == 504
+        spent = access._usage.of(harness.key_id(headers))
+        assert first < spent <= first + 100 < second
+        server.assert_idle()
 
 
 @pytest.mark.parametrize("stream", [False, True])

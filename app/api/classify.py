@@ -59,13 +59,18 @@ async def classify(
             work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
             texts = [texts for texts, _ in work]
             used = usage(list(zip(leases, texts, strict=True)))
+
+            async def score(lease: Lease, text: list[int], targets: list[list[int]]) -> list[list[float]]:
+                found = await lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
+                caller.spend(len(text))  # here, because others may fail or never have their turn
+                return found
+
             scores = together(
-                lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
+                score(lease, text, targets)
                 for lease, (texts, targets) in zip(leases, work, strict=True)
                 for text in texts
             )
-            with caller.paying(used["total_tokens"]):
-                scored = await first(scores, disconnection(request.receive))
+            scored = await first(scores, disconnection(request.receive))
     results = []
     for index in range(len(inputs)):
         by_member = [softmax([math.fsum(tokens) for tokens in logprobs]) for logprobs in scored[index :: len(inputs)]]
