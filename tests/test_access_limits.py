@@ -170,6 +170,25 @@ def test_requests_a_minute_over_http(harness: KeyedHarness, client: TestClient) 
     assert client.get("/v1/tasks", headers=headers).status_code == 200
 
 
+def test_every_limit_is_told(harness: KeyedHarness, client: TestClient) -> None:
+    """By a refusal for that limit alone, too."""
+    day = harness.key(limits=Limits(tokens_per_day=30))
+    while (reply := generate(client, day)).status_code == 200:
+        left = 30 - harness.access._usage.of(harness.key_id(day))
+        assert reply.headers["x-ratelimit-remaining-tokens-day"] == str(max(0, left))
+    assert reply.status_code == 429
+    found = {name: reply.headers[f"x-ratelimit-{name}-tokens-day"] for name in ("limit", "remaining", "reset")}
+    assert found == {"limit": "30", "remaining": "0", "reset": "12h0m0s"}
+    few = harness.key("prompts:read", limits=Limits(max_parallel=2))
+    reply = client.get("/v1/tasks", headers=few)
+    assert (reply.headers["x-ratelimit-limit-parallel"], reply.headers["x-ratelimit-remaining-parallel"]) == ("2", "1")
+    places = [harness.access._meters[harness.key_id(few)].admit(generates=False) for _ in range(2)]
+    reply = client.get("/v1/tasks", headers=few)
+    assert (reply.status_code, reply.headers["x-ratelimit-remaining-parallel"]) == (429, "0")
+    for place in places:
+        place.leave()
+
+
 def test_no_limits_no_headers(harness: KeyedHarness, client: TestClient) -> None:
     reply = client.get("/info", headers=harness.key())
     assert not [name for name in reply.headers if name.startswith("x-ratelimit")]
