@@ -121,7 +121,6 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch_the_last()
-        self._read_on()
         self._watch()
 
     def pause_writing(self) -> None:
@@ -144,7 +143,7 @@ class Protocol(H11Protocol):
             self._refuse(InvalidRequest("this is no valid HTTP/1.1 request", code="invalid_http"))
 
     def _read_on(self) -> None:
-        """See a client leave although it has sent more than its request, or offered to switch protocols.
+        """See a client leave although it has sent more than its request.
 
         uvicorn stops reading there until the reply is complete, and who does not read learns of no end.
         """
