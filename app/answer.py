@@ -32,6 +32,7 @@ class Answer:
         self._min_tokens = min_tokens
         self._at_start = True
         self._logprobs: list[Logprob] = []  # of tokens whose text is held back
+        self.has_begun = False  # the model has read the input
         self.num_tokens = 0  # generated so far; a stop token is not one of the answer's
         self.num_cached_tokens = 0  # of the prompt text, known from the first token on
         self.prompt_logprobs: tuple[Logprob | None, ...] | None = None
@@ -67,6 +68,7 @@ class Answer:
 
     def _push(self, token: Token) -> Piece:
         text = ""
+        self.has_begun = self.has_begun or token.finish_reason != "abort"
         self.num_cached_tokens += token.num_cached_tokens
         if token.prompt_logprobs is not None:
             self.prompt_logprobs = token.prompt_logprobs

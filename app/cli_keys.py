@@ -132,7 +132,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Who changed what, and who was refused, the newest first."""
-    from app.access.audit import read_audit
+    from app.access.audit import escaped, read_audit
 
     database = _database()
     if database.exists:
@@ -153,7 +153,7 @@ def audit(
     )
     for row in rows:
         columns = ("time", "key_id", "action", "target", "status", "request_id")
-        table.add_row(*(str(row[column]) for column in columns))
+        table.add_row(*(escaped(str(row[column])) for column in columns))  # entries of older versions are as they came
     out.print(table, markup=False)
 
 

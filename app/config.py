@@ -118,7 +118,9 @@ class Settings(BaseSettings):
     request_timeout: Seconds = Field(
         600.0, description="Seconds until an answer is given up with 504; X-Request-Timeout may ask for less"
     )
-    send_timeout: Seconds = Field(30.0, description="Seconds a client may take to read a part of a stream")
+    send_timeout: Seconds = Field(
+        30.0, description="Seconds a client may take to read a part of a stream; other replies get more, at 10 kB/s"
+    )
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
 

@@ -13,7 +13,6 @@ from typing import Any, TypedDict
 import anyio.to_thread
 import torch
 from fastapi import Depends, FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
@@ -22,6 +21,7 @@ from app.access import Access
 from app.api import aliases, audit, classify, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
 from app.api.access import authorise
+from app.api.cors import Cors
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
 from app.api.request_id import RequestIdMiddleware
@@ -47,16 +47,6 @@ _DESCRIPTION = """One frozen base model, many soft prompts. A request names a ta
 _PROBLEM: dict[str, Any] = {
     "description": "What is wrong (RFC 9457)",
     "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-}
-
-
-_CORS: dict[str, Any] = {  # without credentials: keys are sent by scripts, not by browsers of themselves
-    "allow_methods": ["GET", "POST", "PUT", "DELETE"],
-    "allow_headers": ["Authorization", "X-Api-Key", "X-Request-Id", "If-Match", "If-None-Match"],
-    "expose_headers": [
-        *("ETag", "Location", "Retry-After", "X-Request-Id", "X-Prompt-Version", "X-Prompt-Digest"),
-        *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
-    ],
 }
 
 
@@ -116,7 +106,7 @@ def create_app(
     # The last one is the outermost.
     app.add_middleware(SettleMiddleware)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **_CORS)
+        app.add_middleware(Cors, origins=settings.cors_origins)
     app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
@@ -155,6 +145,7 @@ def serve(settings: Settings) -> None:
         engine=engine,
         drain_timeout=settings.drain_timeout,
         receive_timeout=settings.receive_timeout,
+        send_timeout=settings.send_timeout,
         greeting=greeting,
     )
     # A full collection would look at every object of every library, a quarter of a second in which nothing moves.

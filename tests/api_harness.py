@@ -94,6 +94,7 @@ class Harness:
             engine=self.engine,
             drain_timeout=drain_timeout,
             receive_timeout=self.settings.receive_timeout,
+            send_timeout=self.settings.send_timeout,
             drain_delay=drain_delay,
         )
         thread = threading.Thread(target=server.run)

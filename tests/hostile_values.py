@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MARK = "M8412X"  # stands in what must not come back
+MARK = "MARKER8412"  # stands in values of what is refused, and must not come back
 
 NAMES = (
     *(
@@ -17,6 +17,9 @@ NAMES = (
         "..\\..\\win.ini",
         "C:\\x",
         "\\\\host\\share",
+        f"{MARK}/../x",
+        f"{MARK} x",
+        f"sentiment@{MARK}!",
     ),
     *(
         "a\x00b",
@@ -122,7 +125,7 @@ WRONG: tuple[Any, ...] = (
         False,
         "",
         "3",
-        "x" * 300,
+        MARK * 30,
         1.0,
         1.5,
         -1,
@@ -141,8 +144,10 @@ WRONG: tuple[Any, ...] = (
         [[]],
         [None],
         [""],
+        [MARK * 30],
         {},
-        {"a": 1},
+        {MARK: MARK},
+        {"type": MARK},
         {"__proto__": {}},
         {"$ref": "#"},
         "\u202e",
@@ -154,21 +159,21 @@ WRONG: tuple[Any, ...] = (
 )
 # Field -> values out of its range: 400, with `param` naming it.
 OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
-    "seed": (2**63, 2**64, 2**70 % 10**20, -(2**63) - 1, 10**19, "1", 1.0, True, [1], {}),
-    "n": (0, -1, 257, 10**9, 2**63, "3", True, 1.0, None),
-    "max_tokens": (-1, 10**9, 1_000_001, 2**63, "8", 1.5, True),
+    "seed": (2**63, 2**64, 2**70 % 10**20, -(2**63) - 1, 10**19, "1", MARK, 1.0, True, [1], {}),
+    "n": (0, -1, 257, 10**9, 2**63, "3", MARK, True, 1.0, None),
+    "max_tokens": (-1, 10**9, 1_000_001, 2**63, "8", MARK, 1.5, True),
     "min_tokens": (-1, 1_000_001, 10**18, "1", 1.0, None),
-    "temperature": (-1, -1e-300, 100.1, 1e300, "1", True, []),
+    "temperature": (-1, -1e-300, 100.1, 1e300, "1", MARK, True, []),
     "top_p": (0, -1, 1.0000001, 2, 1e300, "0.5", True),
     "top_k": (-1, 2**31, 10**18, 1.0, "1", True),
     "min_p": (-0.1, 1.1, 1e9, "0"),
     "repetition_penalty": (0, -1, 100.5, 1e300, "1"),
     "presence_penalty": (-2.1, 2.1, 1e300, "0"),
     "frequency_penalty": (-2.1, 2.1, -1e300, "0"),
-    "logprobs": (-1, 10**6, 1000, "1", True, 1.0),
-    "prompt_logprobs": (-1, 10**6, "1", True),
-    "stop": ("", [""], ["a"] * 17, ["a"] * 5_000, "a" * 201, [1], {}, 1, [None]),
-    "stop_token_ids": ([-1], [2**31], [10**18], [1] * 65, ["1"], [1.0], [True], 1, "1", [128]),
+    "logprobs": (-1, 10**6, 1000, "1", MARK, True, 1.0),
+    "prompt_logprobs": (-1, 10**6, "1", MARK, True),
+    "stop": ("", [""], [MARK] * 17, ["a"] * 5_000, MARK * 21, [1], {MARK: MARK}, 1, [None]),
+    "stop_token_ids": ([-1], [2**31], [10**18], [1] * 65, ["1"], [MARK], [1.0], [True], 1, "1", [128]),
     "logit_bias": (
         *(
             {"5": 101},
@@ -179,24 +184,26 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
             {"05": 1},
             {"-0": 1},
             {"5.0": 1},
-            {"x": 1},
+            {MARK: 1},
+            {"5": MARK},
             {"": 1},
         ),
         *({"٣": 1}, {"1_0": 1}, {"+5": 1}, {"9" * 5_000: 1}, {str(i): 1 for i in range(1_025)}, [], 5),
     ),
-    "ignore_eos": (0, 1, "true", None, []),
-    "stream": (0, 1, "true", None, []),
-    "raw": (0, 1, "false", None, []),
-    "cache_salt": ("", "a" * 201, 1, [], {}),
-    "input": ([], ["a"] * 257, None, 1, {}, [1], [None], [["a"]], True),
-    "task": ([], ["sentiment"] * 17, 1, {}, [1], [None], True, ["sentiment", "sentiment"]),
+    "ignore_eos": (0, 1, "true", MARK, None, []),
+    "stream": (0, 1, "true", MARK, None, []),
+    "raw": (0, 1, "false", MARK, None, []),
+    "cache_salt": ("", MARK * 21, 1, [], {}),
+    "input": ([], [MARK] * 257, None, 1, {MARK: MARK}, [1], [None], [[MARK]], True),
+    "task": ([], [MARK] * 17, 1, {MARK: MARK}, [1], [None], True, ["sentiment", "sentiment"]),
     "response_format": (
-        "json",
+        MARK,
         [],
         {},
-        {"type": "xml"},
+        {"type": MARK},
         {"type": "json_schema"},
-        {"type": "text", "x": 1},
+        {"type": "json_schema", "json_schema": {"name": MARK, "schema": MARK}},
+        {"type": "text", MARK: 1},
         {"type": 1},
     ),
 }

@@ -124,7 +124,8 @@ def live(
         run = engine._core.runner.run
         engine._core.runner.run = lambda rows: (time.sleep(step_seconds), run(rows))[1]  # type: ignore[method-assign]
     registry = Registry(Store(root), BASE.info)
-    chosen = Settings(registry=root, **{"allowed_hosts": ("*",), **settings})
+    room: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_waiting": max_waiting}
+    chosen = Settings(registry=root, **{"allowed_hosts": ("*",), **room, **settings})
     app = create_app(chosen, engine, registry, BASE)
     harness = Harness(chosen, engine, registry, BASE, app)  # type: ignore[arg-type]
     gc.collect()

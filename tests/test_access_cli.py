@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app import cli, cli_keys
-from app.access import Access, Database, KeyStore, Limits
+from app.access import Access, AuditEntry, Database, KeyStore, Limits
+from app.access.audit import write_audit
 from app.config import Settings
 from app.errors import InvalidRequest
 
@@ -70,6 +71,16 @@ def test_the_secret_alone_is_on_standard_output() -> None:
     assert result.stdout.startswith("sk-") and len(result.stdout.split()) == 1
     assert result.stdout.strip() not in result.stderr
     assert read("list")[0]["scopes"] == ["generate"]
+
+
+def test_the_terminal_obeys_nothing_in_the_audit_log(registry: Path) -> None:
+    """What an older version stored as it came, too."""
+    database = Database.of(Settings(registry=registry))
+    database.prepare()
+    write_audit(database, [AuditEntry("r", "k", "delete_task", "a\x1b]0;x\x07\x1b[2J\r\u202eb", 404, 1)], keep=10)
+    shown = invoke("audit").output
+    assert r"a\x1b]0;x\x07\x1b[2J\r\u202eb" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from app.access import AuditEntry, Database, KeyStore, Limits, tables
+from app.access import Access, AuditEntry, Database, KeyStore, Limits, tables
 from app.access.audit import MAX_UNWRITTEN, AuditQueue, read_audit, write_audit
 from app.access.usage import KEPT_DAYS, Usage, read_usage, write_usage
 from app.config import Settings
@@ -225,6 +227,29 @@ def test_the_audit_log_is_bounded_and_refusals_push_no_change_out(database: Data
     assert [row.id for row in read_audit(database, limit=2, before=newest)] == rest[:2]
 
 
+def test_targets_can_be_stored_and_printed(database: Database) -> None:
+    sent = "a\x00b\x1b[31m\r\n\u202e\u0085\\é 漢\ud800" + "\x00" * 1000
+    noted = AuditEntry.now(request_id="r", key_id="k", action="a", target=sent, status=404)
+    write_audit(database, [noted], keep=10)
+    (found,) = read_audit(database, limit=10)
+    assert found.target == noted.target and found.target.isprintable() and len(found.target) == 300
+    assert found.target.startswith(r"a\x00b\x1b[31m\r\n\u202e\x85" + "\\é 漢" + r"\ud800\x00\x00")
+
+
+def test_an_entry_that_the_database_refuses_keeps_no_other_out(
+    database: Database, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = AuditEntry("bad", "k", "a", "a\x00b", 404, 1)
+    if "sqlite" in request.node.callspec.id:  # which takes that, so it is made to refuse what is long
+        bad = AuditEntry("bad", "k", "a", "b" * 5_000, 404, 1)
+        sa.event.listen(
+            database._engine, "connect", lambda connection, _: connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2_000)
+        )
+    write_audit(database, [entry(1), bad, entry(2, 403)], keep=10)
+    assert [row.request_id for row in read_audit(database, limit=10)] == ["r2", "r1"]
+    assert "request bad" in caplog.text
+
+
 def test_the_audit_queue_is_bounded() -> None:
     queue = AuditQueue()
     for number in range(MAX_UNWRITTEN + 5):
@@ -242,6 +267,8 @@ def test_the_audit_queue_is_bounded() -> None:
     [
         ("nonsense", "no URL"),
         ("unknown://user:sesame@host/db", "no URL"),
+        ("postgresql+psycopg://user:sesame@host:port/db", "no URL"),
+        ("postgresql+psycopg://user:with:sesame@host:5432sesame/db", "no URL"),
         ("sqlite://", "must be a file"),
         ("sqlite:///:memory:", "must be a file"),
         ("mysql+pymysql://me:sesame@localhost/db", "needs the Python package pymysql"),
@@ -258,6 +285,30 @@ def test_a_server_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(NotReady) as caught:
         database.prepare()
     assert "sesame" not in caplog.text + caught.value.message and "127.0.0.1" not in caught.value.message
+
+
+def test_a_file_that_cannot_be_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is not the same as a file that is not there, which makes an open server."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    look = os.stat
+
+    def forbidden(path: Any, **options: Any) -> os.stat_result:
+        if "forbidden" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    for folder in (loop, tmp_path / ("x" * 300), tmp_path / "forbidden"):
+        settings = Settings(registry=folder)
+        with pytest.raises(NotReady) as caught:
+            _ = Database.of(settings).exists
+        assert str(tmp_path) not in caught.value.message
+        with pytest.raises(NotReady):
+            Access.open(settings)
+    assert not Database.of(Settings(registry=tmp_path / "none")).exists
+    (tmp_path / "file").write_bytes(b"")
+    assert not Database.of(Settings(registry=tmp_path / "file")).exists
 
 
 def test_files_of_sqlite(tmp_path: Path) -> None:

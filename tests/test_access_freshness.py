@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from app.access import Access, Database, KeyStore, Limits
+from app.access import Access, AuditEntry, Database, KeyStore, Limits
 from app.access.access import FRESH, MAX_STALE, POLL
+from app.access.audit import read_audit
+from app.access.usage import read_usage
 from app.config import Settings
 from app.errors import InvalidSettings, NotReady
 from app.main import _check_exposure, create_app
@@ -128,6 +131,34 @@ def test_what_cannot_be_written_is_written_later(tmp_path: Path) -> None:
         assert used > 0
     again = KeyedHarness.keyed(tmp_path / "prompts", clock=harness.clock)
     assert again.access._usage.of(harness.key_id(headers)) == used
+
+
+def test_what_comes_while_the_last_but_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean end finds the poll at work, and loses nothing."""
+    monkeypatch.setattr("app.access.access.POLL", 0.01)
+    harness = KeyedHarness.keyed(tmp_path / "prompts")
+    headers = harness.key()
+    access, flush = harness.access, harness.access._flush
+
+    async def run() -> None:
+        at_work, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            await flush()
+            at_work.set()
+            await go_on.wait()
+
+        monkeypatch.setattr(access, "_flush", slowly)
+        async with access.running():
+            await asyncio.wait_for(at_work.wait(), 10)
+            access.audit(AuditEntry.now(request_id="late", key_id="k", action="a", target="t", status=403))
+            access._usage.add(harness.key_id(headers), 7)
+            asyncio.get_running_loop().call_later(0.05, go_on.set)
+
+    asyncio.run(run())
+    assert [entry.request_id for entry in read_audit(harness.database, limit=10)] == ["late"]
+    with harness.database.reading() as connection:
+        assert list(read_usage(connection, access._usage.today).values()) == [7]
 
 
 def test_when_a_key_was_last_used(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import pytest
 
 from app.api.hosts import allowed_hosts
 from app.config import Settings
+from tests.access_harness import Clock
 from tests.api_harness import Harness
+from tests.test_access_limits import meter
+from tests.test_api_errors import check
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,10 @@ def test_defaults() -> None:
     assert allowed_hosts(Settings(host="0.0.0.0")) == ("*",)
 
 
-PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-request-timeout,x-request-id,x-api-key,if-match",
+}
 
 
 def test_no_origins_by_default(tmp_path: Path) -> None:
@@ -78,3 +84,26 @@ def test_origins(tmp_path: Path, origins: str) -> None:
             assert "access-control-allow-credentials" not in reply.headers
         other = client.get("/version", headers={"Origin": "https://b.example"})
         assert other.headers.get("access-control-allow-origin") == (None if origins != "*" else "*")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"Origin": "https://evil.example"},
+        {"Access-Control-Request-Method": "TRACE"},
+        {"Access-Control-Request-Headers": "x-evil"},
+    ],
+)
+def test_a_refused_preflight_has_the_one_error_body(tmp_path: Path, wrong: dict[str, str]) -> None:
+    with Harness.create(tmp_path, cors_origins="https://a.example").client() as client:
+        headers = {"Origin": "https://a.example", **PREFLIGHT, **wrong}
+        reply = client.options("/v1/generate", headers=headers)
+        check(reply, 400)
+        assert "evil" not in reply.text and "origin" in reply.headers["vary"].lower()
+
+
+def test_a_page_sees_every_header_of_the_limits(tmp_path: Path) -> None:
+    headers = meter(Clock(), requests_per_minute=1, tokens_per_minute=1, tokens_per_day=1, max_parallel=1).headers()
+    with Harness.create(tmp_path, cors_origins="*").client() as client:
+        exposed = client.get("/version", headers={"Origin": "https://a.example"}).headers
+        assert headers and headers.keys() <= set(exposed["access-control-expose-headers"].split(", "))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from app.access import Limits
+from app.access import Limits, known_keys
 from app.access.key import Key, hash_secret, new_secret
 from tests.access_harness import KeyedHarness, bearer
 from tests.api_harness import files
@@ -221,6 +221,13 @@ def test_changes_and_refusals_are_noted(harness: KeyedHarness, client: TestClien
         assert client.get(f"/v1/audit?{bad}", headers=admin).status_code == 400, bad
 
 
+def test_a_target_that_is_no_text_is_noted_as_escapes(harness: KeyedHarness, client: TestClient) -> None:
+    admin = harness.key("admin")
+    assert client.delete("/v1/tasks/a%00%1B[31m", headers=admin).status_code == 404
+    (row,) = client.get("/v1/audit?limit=1", headers=admin).json()["data"]
+    assert row["target"] == r"a\x00\x1b[31m"
+
+
 def test_a_key_in_words() -> None:
     key = Key("key_1", "n", "sk-abcd", "", frozenset(["generate"]), ("a*", "b"), "t", Limits(), 0, expires_at=10)
     assert key.has("generate") and not key.has("jobs")
@@ -228,13 +235,31 @@ def test_a_key_in_words() -> None:
     assert key.is_valid(9.9) and not key.is_valid(10)
 
 
-def test_the_lookup_takes_no_longer_for_a_near_miss(harness: KeyedHarness) -> None:
-    """By construction: the secret is hashed whole before anything is compared. This holds it to one hash a lookup."""
+def test_the_lookup_takes_no_longer_for_a_near_miss(harness: KeyedHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By construction: the secret is hashed whole, once, and only hashes are compared, in constant time."""
     secret = harness.key()["Authorization"].split()[1]
+    near = secret[:-1] + ("a" if secret[-1] != "a" else "b")
     known = harness.access._known
+    hashed, compared = [], []
+
+    def hash_(given: str) -> str:
+        hashed.append(given)
+        return hash_secret(given)
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(known_keys, "hash_secret", hash_)
+    monkeypatch.setattr(known_keys.hmac, "compare_digest", compare)
     assert known.find(secret) is not None
-    assert known.find(secret[:-1] + ("a" if secret[-1] != "a" else "b")) is None
-    assert known.find("k" * 513) is None and known.find("") is None
+    assert (hashed, compared) == ([secret], [(hash_secret(secret), hash_secret(secret))])
+    for wrong in (near, "", "k" * 512):
+        hashed.clear()
+        assert known.find(wrong) is None and hashed == [wrong]
+    hashed.clear()
+    assert known.find("k" * 513) is None and not hashed
+    assert {len(one) for pair in compared for one in pair} == {64}, "no secret is compared"
 
 
 def test_the_file_is_its_owners_alone(harness: KeyedHarness) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,11 @@ from app.access.bucket import Bucket
 from app.access.key import Key
 from app.access.meter import Meter, duration
 from app.access.usage import Usage
-from app.errors import NumericalError, Overloaded, RateLimited
+from app.errors import EngineFailed, NumericalError, Overloaded, RateLimited
 from tests.access_harness import NOON, Clock, KeyedHarness
 from tests.api_harness import wait_until
+from tests.load_harness import live
+from tests.raw_http import exchange
 
 
 def meter(clock: Clock, **limits: int) -> Meter:
@@ -167,23 +170,42 @@ def test_requests_a_minute_over_http(harness: KeyedHarness, client: TestClient) 
     assert client.get("/v1/tasks", headers=headers).status_code == 200
 
 
+def test_every_limit_is_told(harness: KeyedHarness, client: TestClient) -> None:
+    """By a refusal for that limit alone, too."""
+    day = harness.key(limits=Limits(tokens_per_day=30))
+    while (reply := generate(client, day)).status_code == 200:
+        left = 30 - harness.access._usage.of(harness.key_id(day))
+        assert reply.headers["x-ratelimit-remaining-tokens-day"] == str(max(0, left))
+    assert reply.status_code == 429
+    found = {name: reply.headers[f"x-ratelimit-{name}-tokens-day"] for name in ("limit", "remaining", "reset")}
+    assert found == {"limit": "30", "remaining": "0", "reset": "12h0m0s"}
+    few = harness.key("prompts:read", limits=Limits(max_parallel=2))
+    reply = client.get("/v1/tasks", headers=few)
+    assert (reply.headers["x-ratelimit-limit-parallel"], reply.headers["x-ratelimit-remaining-parallel"]) == ("2", "1")
+    places = [harness.access._meters[harness.key_id(few)].admit(generates=False) for _ in range(2)]
+    reply = client.get("/v1/tasks", headers=few)
+    assert (reply.status_code, reply.headers["x-ratelimit-remaining-parallel"]) == (429, "0")
+    for place in places:
+        place.leave()
+
+
 def test_no_limits_no_headers(harness: KeyedHarness, client: TestClient) -> None:
     reply = client.get("/info", headers=harness.key())
     assert not [name for name in reply.headers if name.startswith("x-ratelimit")]
 
 
-def test_a_refusal_reads_no_body(harness: KeyedHarness, client: TestClient) -> None:
+def test_a_refusal_reads_no_body(harness: KeyedHarness) -> None:
+    """Nor does it wait for one: a head is all that is sent."""
     headers = harness.key("admin", limits=Limits(requests_per_minute=1))
-    client.get("/info", headers=headers)
-    sent = []
-
-    def drip() -> Iterator[bytes]:
-        for _ in range(3):
-            sent.append(1)
-            yield b" " * 1000
-
-    reply = client.post("/v1/generate", content=drip(), headers={**headers, "Content-Type": "application/json"})
-    assert reply.status_code == 429 and not harness.engine.calls
+    key = f"Authorization: {headers['Authorization']}\r\n"
+    with harness.listening() as listening:
+        exchange(listening.port, f"GET /info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{key}\r\n".encode())
+        for path in ("/v1/generate", "/v1/tasks/x/versions"):
+            for sent, status in ((key, b"429"), ("", b"401")):
+                head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+                with socket.create_connection(("127.0.0.1", listening.port), timeout=5) as connection:
+                    connection.sendall(f"{head}{sent}\r\n".encode())
+                    assert connection.recv(4096).startswith(b"HTTP/1.1 %s " % status)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -225,6 +247,44 @@ def test_only_what_was_made_is_paid(harness: KeyedHarness, client: TestClient) -
     harness.engine.fail_after = (5, NumericalError("it broke"))
     assert generate(client, headers).status_code == 500
     assert left() == 1000 - len(harness.tokens("one two")) - 5
+
+
+ROUTES: dict[str, dict[str, Any]] = {"/v1/generate": {"n": 2}, "/v1/classify": {"labels": ["a", "b"]}}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("how", ["late", "failed", "left"])
+def test_what_never_had_its_turn_costs_nothing(harness: KeyedHarness, path: str, how: str) -> None:
+    headers = harness.key(limits=Limits(tokens_per_minute=1000))
+    body = {"input": ["one two", "three"], **ROUTES[path]}
+    harness.engine.delay = 60.0 if how != "failed" else 0.0
+    harness.engine.fail_after = (0, EngineFailed("it died")) if how == "failed" else None
+    with harness.client() as client:
+        if how == "left":
+            with harness.listening() as listening:
+                connection = listening.post(path, body, headers=headers)
+                wait_until(lambda: len(harness.engine.calls) >= 2)
+                connection.close()
+                wait_until(lambda: all(call.releases for call in harness.engine.calls))
+        else:
+            timeout = {"X-Request-Timeout": "0.1"} if how == "late" else {}
+            assert client.post(path, json=body, headers=headers | timeout).status_code in (500, 504)
+        assert client.get("/info", headers=headers).headers["x-ratelimit-remaining-tokens"] == "1000"
+
+
+def test_of_several_inputs_those_are_paid_that_had_their_turn(harness: KeyedHarness) -> None:
+    """On a real engine of one row: the second input, a long one, waits behind the first."""
+    headers = harness.key()
+    texts = ["the first one", "and another text " * 20]
+    first, second = (len(harness.tokens(text)) for text in texts)
+    with live(harness.settings.registry, max_num_seqs=1, step_seconds=0.02) as server:
+        access = server.listening.server.lifespan.state["server"].access
+        body = {"input": texts, "max_tokens": 100, "ignore_eos": True}
+        reply = server.ask("POST", "/v1/generate", body, headers={**headers, "X-Request-Timeout": "1"})
+        assert reply.status == 504
+        spent = access._usage.of(harness.key_id(headers))
+        assert first < spent <= first + 100 < second
+        server.assert_idle()
 
 
 @pytest.mark.parametrize("stream", [False, True])

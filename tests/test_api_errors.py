@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 from app.api.body import read_chunks
 from app.errors import BodyTooLarge, InvalidRequest
 from tests.api_harness import Harness
+from tests.hostile_values import MARK
 
-MARK = "MARKER8412"  # stands in values of hostile bodies, and must not come back
 JSON = {"content-type": "application/json"}
 
 
@@ -96,6 +96,8 @@ HOSTILE: dict[str, bytes] = {
     "control characters in a key": b'{"input": "x", "\\u001b[31mMARKER8412\\r\\n": 1}',
     "big wrong value": b'{"input": "x", "seed": "' + MARK.encode() * 900 + b'"}',
     "input is an object": b'{"input": {"MARKER8412": "MARKER8412"}}',
+    "tag of a union": b'{"input": "x", "response_format": {"type": "MARKER8412"}}',
+    "beside the tag of a union": b'{"input": "x", "response_format": {"type": "text", "MARKER8412": 1}}',
 }
 ROUTES = ("/v1/generate", "/v1/classify")
 
@@ -107,6 +109,13 @@ def test_hostile_json(harness: Harness, client: TestClient, route: str) -> None:
         assert reply.status_code == 400, f"{name}: {reply.text[:500]}"
         check(reply, 400)
     assert not harness.engine.calls
+
+
+def test_a_tag_is_answered_with_those_that_there_are(client: TestClient) -> None:
+    body = {"input": "x", "response_format": {"type": MARK}}
+    error = check(client.post("/v1/generate", json=body), 400)
+    assert error["param"] == "response_format"
+    assert error["message"] == "response_format: 'type' must be one of 'text', 'json_object', 'json_schema'"
 
 
 def test_hostile_json_in_a_put(client: TestClient) -> None:

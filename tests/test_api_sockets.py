@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 from app.api.server import bind
 from app.errors import InvalidSettings
 from tests.api_harness import Harness, Listening, events, read_stream, wait_until
+from tests.raw_http import received, replies
 
 GENERATE = {"task": "sentiment", "input": ["a", "b"], "max_tokens": 100_000}
 
@@ -55,6 +60,36 @@ def test_a_client_that_leaves(harness: Harness, server: Listening, how: str, str
     wait_until(lambda: server.num_connections == 0)
 
 
+@pytest.mark.parametrize("more", [b"\r\n", b"G", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 20])
+@pytest.mark.parametrize(("streamed", "upgrade"), [(False, {}), (True, {}), (False, {"Upgrade": "h2c"})])
+def test_a_client_that_leaves_having_sent_more(
+    harness: Harness, server: Listening, streamed: bool, upgrade: dict[str, str], more: bytes
+) -> None:
+    """A stray line end, or the begin of its next request, hides nothing, behind an offer to upgrade either."""
+    harness.engine.delay = 60.0
+    connection = server.post("/v1/generate", {**GENERATE, "stream": streamed}, headers=upgrade)
+    wait_until(lambda: len(harness.engine.calls) == 2)
+    connection.sendall(more)
+    time.sleep(0.05)
+    assert not harness.engine.calls[0].closed
+    connection.close()
+    wait_until(lambda: all(call.closed for call in harness.engine.calls))
+    wait_until(lambda: server.num_connections == 0)
+    assert harness.num_pins == 0
+
+
+def test_a_client_that_sends_and_sends(harness: Harness, server: Listening) -> None:
+    """What is behind a request waits for its reply, but not without end."""
+    harness.engine.delay = 60.0
+    with server.post("/v1/generate", GENERATE) as connection:
+        wait_until(lambda: len(harness.engine.calls) == 2)
+        with suppress(ConnectionError):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        (reply,) = replies(received(connection))
+    assert reply.status == 400 and b'"invalid_http"' in reply.body
+    wait_until(lambda: all(call.closed for call in harness.engine.calls))
+
+
 def test_a_client_that_leaves_while_labels_are_scored(harness: Harness, server: Listening) -> None:
     harness.engine.delay = 60.0
     connection = server.post("/v1/classify", {"task": "sentiment", "input": ["a", "b"]})
@@ -94,6 +129,58 @@ def test_the_connection_of_a_client_that_stalls(harness: Harness) -> None:
         with server.post("/v1/generate", {**GENERATE, "stream": True}, receive_buffer=4096):
             wait_until(lambda: len(harness.engine.calls) == 2)
             wait_until(lambda: server.num_connections == 0)
+
+
+@pytest.fixture
+def large(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A task whose plain replies fit into no buffer of the kernel; bytes a second of who is slow."""
+    monkeypatch.setattr("app.api.protocol.MIN_RATE", 100_000)
+    harness.publish("large", labels=[f"{number:0200}" for number in range(1_000)])
+    return 100_000
+
+
+# Of the one the transport has more than the 64 KiB of which it tells, of the other less.
+@pytest.mark.parametrize(("path", "size"), [("/v1/tasks/large/versions/1", 200_000), ("/v1/tasks/medium", 40_000)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_who_takes_a_reply_byte_by_byte_is_cut(
+    harness: Harness, server: Listening, large: int, path: str, size: int, kept: bool
+) -> None:
+    """Each of its bytes is acknowledged, so that the kernel sees nothing wrong."""
+    harness.publish("medium", labels=[f"{number:0200}" for number in range(200)])
+    path = path if "large" in path else f"{path}/versions/1"
+    with connect(server.port, 4096) as connection:
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\n" + ("" if kept else "Connection: close\r\n")
+        connection.sendall(head.encode() + b"\r\n")
+        began, taken = time.monotonic(), 0
+        while server.num_connections or not taken:
+            assert time.monotonic() - began < 0.4 + size / large + 5
+            taken += len(connection.recv(1))
+            time.sleep(0.02)
+        assert 0.3 < time.monotonic() - began and taken < 1_000
+
+
+def test_who_takes_a_reply_slowly_gets_all_of_it(server: Listening, large: int) -> None:
+    """In more time than a part of a stream has, and then the next one on the same connection."""
+    with connect(server.port, 4096) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /v1/tasks/large/versions/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            found, began = b"", time.monotonic()
+            reply = http.client.HTTPResponse(connection)
+            reply.begin()
+            while piece := reply.read(4096):
+                found += piece
+                time.sleep(4096 / large / 2)
+            assert reply.status == 200 and len(json.loads(found)["labels"]) == 1_000
+            assert time.monotonic() - began > 0.6
+        assert server.num_connections == 1
+
+
+def connect(port: int, receive_buffer: int) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def test_a_huge_head_is_refused(server: Listening) -> None:

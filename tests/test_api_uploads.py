@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
+from app.api.deps import MAX_UPLOADS
 from app.errors import NumericalError, Overloaded, StorageFull
-from tests.api_harness import Harness, files
+from tests.api_harness import Harness, files, wait_until
 from tests.tiny import tiny_base
 
 PATH = "/v1/tasks/sentiment/versions"
@@ -266,3 +269,37 @@ def test_a_new_version_is_served_at_once(client: TestClient) -> None:
     client.post(PATH, files=files(0.2))
     reply = client.post("/v1/generate", json={"task": "sentiment", "input": "x"})
     assert reply.headers["X-Prompt-Version"] == "sentiment:2"
+
+
+def test_uploads_at_once_are_bounded(harness: Harness) -> None:
+    """One too many is told so before its body is read, and however an upload ends, its place is free again."""
+    given = raw(adapter_config=CONFIG)
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: {RAW['content-type']}\r\nContent-Length: {len(given)}\r\n"
+    begin = head.encode() + b"\r\n" + given[:10]
+    with harness.listening() as server, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+
+        def num_free() -> int:
+            free: int = server.server.lifespan.state["server"].uploads._num_free
+            return free
+
+        for _ in range(2):
+            held = [connect() for _ in range(MAX_UPLOADS)]
+            for connection in held:
+                connection.sendall(begin)
+            wait_until(lambda: num_free() == 0)
+            late = connect()
+            late.sendall(head.encode() + b"\r\n")
+            answer = late.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in answer
+            held[0].sendall(given[10:])
+            assert held[0].recv(4096).startswith((b"HTTP/1.1 201 ", b"HTTP/1.1 200 "))
+            held[1].sendall(b"x" * len(given[10:]))
+            assert held[1].recv(4096).startswith(b"HTTP/1.1 422 ")
+            wait_until(lambda: num_free() == 2)
+            for connection in held:
+                connection.close()
+            wait_until(lambda: num_free() == MAX_UPLOADS)
+    assert len(harness.registry.task("sentiment").versions) == 1

@@ -6,7 +6,8 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.api.schemas import ClassifyRequest, GenerateRequest
+from app.constraint import MAX_CACHED, MAX_REFUSALS
 from tests.api_harness import Harness
 from tests.hostile_documents import DOCUMENTS
-from tests.hostile_values import ETAGS, MARK, NAMES, OUT_OF_RANGE, QUERIES, SCHEMAS, SEARCHES, WRONG
+from tests.hostile_values import ETAGS, NAMES, OUT_OF_RANGE, QUERIES, SCHEMAS, SEARCHES, WRONG
 from tests.long_run import SECONDS, SEED, indices, long_count, report
 from tests.test_api_errors import check
 
@@ -56,25 +58,52 @@ def client(harness: Harness) -> Iterator[TestClient]:
         yield client
 
 
+# What grows by design, and how far.
+BOUNDED = {"constraints._compiled": MAX_CACHED, "constraints._refusals": MAX_REFUSALS, "token_texts": 128}
+
+
 @pytest.fixture(autouse=True)
-def nothing_changes(harness: Harness) -> Iterator[None]:
-    before = state(harness)
+def nothing_changes(harness: Harness, client: TestClient) -> Iterator[None]:
+    for path in ("/v1/generate", "/v1/classify"):  # what the first request of all leaves is no growth
+        assert client.post(path, json={"task": "sentiment", "input": "x"}).status_code == 200
+    before, sizes_before = state(harness), sizes(client.app_state["server"])
+    assert sizes_before.keys() >= {"registry._pins._counts", "registry._prompts._prompts", "access._meters"}
     yield
     harness.engine.calls.clear()
     assert state(harness) == before
+    for name, size in sizes(client.app_state["server"]).items():
+        assert size <= BOUNDED.get(name, sizes_before.get(name, 0)), f"{name} has grown"
 
 
 def state(harness: Harness) -> tuple[Any, ...]:
-    """All that requests could make grow: tasks, files, pins, and every dictionary of the registry and the server."""
+    """Tasks, files and pins."""
     root = Path(harness.settings.registry)
-    sizes = {
-        f"{type(part).__name__}.{name}": len(value)
-        for part in (harness.registry, harness.app.state.readiness)
-        for name, value in vars(part).items()
-        if isinstance(value, (dict, list, set))
-    }
     tasks = {task.name: (list(task.versions), dict(task.aliases)) for task in harness.registry.tasks()}
-    return tasks, sorted(map(str, root.rglob("*"))), harness.num_pins, sizes
+    return tasks, sorted(map(str, root.rglob("*"))), harness.num_pins
+
+
+def sizes(part: Any, name: str = "") -> dict[str, int]:
+    """How many items there are in every container of the server's parts, and of theirs."""
+    if isinstance(part, (Mapping, list, set, deque)):
+        return {name: len(part)}
+    if not type(part).__module__.startswith("app.") or not hasattr(part, "__dict__"):
+        return {}
+    found = {}
+    for attribute, value in vars(part).items():
+        found.update(sizes(value, f"{name}.{attribute}".lstrip(".")))
+    return found
+
+
+@pytest.mark.parametrize("place", ["registry._index", "registry._quarantine", "access", "constraints", "door"])
+def test_growth_would_be_seen(client: TestClient, place: str) -> None:
+    """A table by what clients send, wherever it is."""
+    part = client.app_state["server"]
+    for attribute in place.split("."):
+        part = getattr(part, attribute)
+    before = sizes(client.app_state["server"])
+    part.seen = {"a name": 1}
+    assert sizes(client.app_state["server"]).items() - before.items() == {(f"{place}.seen", 1)}
+    del part.seen
 
 
 def send(client: TestClient, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
@@ -242,7 +271,7 @@ def random_request(rng: Random) -> tuple[str, str, bytes | None, dict[str, str]]
         path += "?" + rng.choice(QUERIES)
     if rng.random() < 0.1:
         method = rng.choice(("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"))
-    headers = {"x-request-id": rng.choice((MARK, "a b", "\x1b[31m"))} if rng.random() < 0.2 else {}
+    headers = {"x-request-id": rng.choice(("mine-1", "a b", "\x1b[31m"))} if rng.random() < 0.2 else {}
     if rng.random() < 0.3:
         headers[rng.choice(("if-match", "if-none-match"))] = rng.choice(ETAGS)
     if method not in ("POST", "PUT"):

@@ -151,12 +151,14 @@ class Access:
             await asyncio.shield(asyncio.create_task(self._flush()))
 
     async def _poll(self, stop: asyncio.Event) -> None:
-        while not stop.is_set():
+        is_last = False
+        while not is_last:
             try:
                 async with asyncio.timeout(POLL):
                     await stop.wait()
             except TimeoutError:
                 pass
+            is_last = stop.is_set()  # NOTE: before the turn: what comes while it is at work is the next one's
             try:
                 await self.refresh()
                 await self.flush()

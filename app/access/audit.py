@@ -8,8 +8,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DataError
 
 from app.access import tables
 from app.access.database import Database
@@ -34,7 +36,12 @@ class AuditEntry:
 
     @classmethod
     def now(cls, *, request_id: str, key_id: str, action: str, target: str, status: int) -> AuditEntry:
-        return cls(request_id, key_id, action, target[:MAX_TARGET], status, int(time.time()))
+        return cls(request_id, key_id, action, escaped(target[:MAX_TARGET])[:MAX_TARGET], status, int(time.time()))
+
+
+def escaped(text: str) -> str:
+    """What can be printed stays. PostgreSQL stores no NUL, and a terminal obeys ESC."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class AuditQueue:
@@ -67,7 +74,8 @@ def log_entry(entry: AuditEntry) -> None:
 def write_audit(database: Database, entries: Sequence[AuditEntry], *, keep: int) -> None:
     """Add entries, and drop the oldest but `keep`: of changes and of refusals, each for itself.
 
-    Else whoever holds any key could push the changes out by being refused. Blocks. Raises NotReady.
+    Else whoever holds any key could push the changes out by being refused. An entry that the database does not take is
+    left to the log's line, so that it keeps no other one out. Blocks. Raises NotReady.
     """
     if not entries:
         return
@@ -75,13 +83,26 @@ def write_audit(database: Database, entries: Sequence[AuditEntry], *, keep: int)
     for row in rows:
         del row["id"]
     with database.writing() as connection:
-        connection.execute(sa.insert(tables.audit), rows)
+        if not _insert(connection, rows):
+            for row in rows:
+                if not _insert(connection, [row]):
+                    logger.error("the database takes no audit entry for request %s", row["request_id"])
         for refused in (0, 1):
             of_kind = tables.audit.c.refused == refused
             newest_to_go = sa.select(tables.audit.c.id).where(of_kind).order_by(tables.audit.c.id.desc()).offset(keep)
             last = connection.execute(newest_to_go.limit(1)).scalar()
             if last is not None:
                 connection.execute(sa.delete(tables.audit).where(of_kind, tables.audit.c.id <= last))
+
+
+def _insert(connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> bool:
+    """All or, with False, none."""
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.insert(tables.audit), rows)
+    except DataError:
+        return False
+    return True
 
 
 def read_audit(database: Database, *, limit: int, before: int | None = None) -> list[AuditEntry]:

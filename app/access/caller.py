@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from app.access.key import Key, Scope
 from app.access.meter import Meter
-from app.errors import PermissionDenied, SoftpromptError
+from app.errors import PermissionDenied
 
 ANONYMOUS = "anonymous"
 
@@ -40,17 +38,6 @@ class Caller:
     def salt(self, cache_salt: str | None) -> str:
         """Under which text is cached: one for each pair of tenant and `cache_salt`, whatever they are made of."""
         return f"{len(self.tenant)}:{self.tenant}{cache_salt or ''}"
-
-    @contextmanager
-    def paying(self, tokens: int) -> Iterator[None]:
-        """Pay for what is done inside, also if the client leaves, but not if it is refused or fails."""
-        try:
-            yield
-        except SoftpromptError:
-            tokens = 0
-            raise
-        finally:
-            self.spend(tokens)
 
     def spend(self, tokens: int) -> None:
         """Pay for tokens that were really read and written."""

@@ -34,7 +34,7 @@ class Database:
             parsed = sa.make_url(url)
             self._file = _sqlite_file(parsed)
             self._engine = _engine(parsed, self._file)
-        except (ArgumentError, NoSuchModuleError):
+        except (ArgumentError, NoSuchModuleError, ValueError):  # the last one for a port that is no number
             # NOTE: not their messages, which may repeat the URL and with it a password.
             raise InvalidSettings("the database is no URL that SQLAlchemy knows, such as sqlite:///keys.db") from None
         except ModuleNotFoundError as error:
@@ -49,8 +49,20 @@ class Database:
 
     @property
     def exists(self) -> bool:
-        """Whether there may be something in it: a SQLite file that is there, or any database server."""
-        return self._file is None or self._file.exists()
+        """Whether there may be something in it: a SQLite file that is there, or any database server.
+
+        Raises NotReady where that cannot be seen: a server would take it for no key, and be open.
+        """
+        if self._file is None:
+            return True
+        try:
+            # NOTE: not Path.exists, to which what may not be looked at is an exception or, on Python 3.14, not there.
+            os.stat(self._file)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise NotReady(f"the database of keys cannot be reached: {error.strerror}") from None
+        return True
 
     def prepare(self) -> None:
         """Make the file (mode 0600) if there is none, and bring the tables up to date; safe from several processes.

@@ -11,6 +11,7 @@ from app.access.place import Place
 from app.access.usage import Usage
 from app.errors import RateLimited
 
+LIMITED = ("requests", "tokens", "tokens-day", "parallel")  # in the names of headers
 BUSY_SECONDS = 1  # when to ask again for one of the places, of which nobody knows when they are given back
 
 
@@ -52,13 +53,21 @@ class Meter:
             self._usage.add(self._key.id, tokens)
 
     def headers(self) -> dict[str, str]:
-        """As OpenAI names them: the limit, what is left of it now, and how long until all of it is back."""
-        found = {}
+        """As OpenAI names them: the limit, what is left of it now, and how long until all of it is back.
+
+        Nobody knows the last of places for parallel requests.
+        """
+        found: dict[str, str] = {}
         for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket:
-                found[f"x-ratelimit-limit-{name}"] = str(bucket.capacity)
-                found[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(bucket.level + TINY)))
+                found |= _headers(name, bucket.capacity, bucket.level + TINY)
                 found[f"x-ratelimit-reset-{name}"] = duration(bucket.seconds_until(bucket.capacity))
+        limits = self._key.limits
+        if limits.tokens_per_day:
+            found |= _headers("tokens-day", limits.tokens_per_day, limits.tokens_per_day - self._usage.of(self._key.id))
+            found["x-ratelimit-reset-tokens-day"] = duration(self._usage.seconds_left)
+        if limits.max_parallel:
+            found |= _headers("parallel", limits.max_parallel, limits.max_parallel - self._inside)
         return found
 
     def _leave(self) -> None:
@@ -74,6 +83,10 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     shown = f"{rest / 1000:.3f}".rstrip("0").rstrip(".") + "s"
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + shown
+
+
+def _headers(name: str, limit: int, left: float) -> dict[str, str]:
+    return {f"x-ratelimit-limit-{name}": str(limit), f"x-ratelimit-remaining-{name}": str(max(0, math.floor(left)))}
 
 
 def _limited(limit: str, wait: float) -> RateLimited:

@@ -52,19 +52,25 @@ async def classify(
     An ensemble's probabilities are the mean of its members' (Lester et al. 2021, section 6).
     """
     inputs = as_list(body.input)
+    _check_rows(body, state.max_rows)
     with until(deadline):
         async with leased(state, caller, body.task, user=body.user) as leases:
             labels = _labels(body, [lease.version for lease in leases], len(inputs))
             work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
             texts = [texts for texts, _ in work]
             used = usage(list(zip(leases, texts, strict=True)))
+
+            async def score(lease: Lease, text: list[int], targets: list[list[int]]) -> list[list[float]]:
+                found = await lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
+                caller.spend(len(text))  # here, because others may fail or never have their turn
+                return found
+
             scores = together(
-                lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
+                score(lease, text, targets)
                 for lease, (texts, targets) in zip(leases, work, strict=True)
                 for text in texts
             )
-            with caller.paying(used["total_tokens"]):
-                scored = await first(scores, disconnection(request.receive))
+            scored = await first(scores, disconnection(request.receive))
     results = []
     for index in range(len(inputs)):
         by_member = [softmax([math.fsum(tokens) for tokens in logprobs]) for logprobs in scored[index :: len(inputs)]]
@@ -96,6 +102,16 @@ def softmax(scores: Sequence[float]) -> list[float]:
     powers = [math.exp(score - largest) for score in scores]
     total = math.fsum(powers)
     return [power / total for power in powers]
+
+
+def _check_rows(body: ClassifyRequest, max_rows: int) -> None:
+    """Raises InvalidRequest. Each input is a row behind each member; labels need no room of their own."""
+    members = len(body.task) if isinstance(body.task, list) else 1
+    count = len(as_list(body.input)) * members
+    if count > max_rows:
+        param = "input" if members == 1 else "task"
+        found = f"{count} inputs" + ", counted for each member," * (members > 1)
+        raise InvalidRequest(f"{param}: {found} exceed {max_rows} in one request", param=param)
 
 
 def _labels(body: ClassifyRequest, versions: Sequence[Version | None], num_inputs: int) -> list[str]:

@@ -12,14 +12,17 @@ from app.access import Access
 from app.api.concurrency import Room
 from app.api.door import Door
 from app.api.logprobs import TokenTexts
+from app.api.places import Places
 from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
+from app.engine.in_flight import InFlight
 from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
 MAX_WAITING_SCHEMAS = 16  # one is compiled at a time, which may take a second or two
+MAX_UPLOADS = 8  # at once; each may hold its file in memory twice
 
 
 @dataclass
@@ -51,10 +54,16 @@ class State:
     access: Access
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
+    uploads: Places = field(default_factory=lambda: Places(MAX_UPLOADS, "uploads"), init=False)
 
     @cached_property
     def door(self) -> Door:
         return Door(self.engine)
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Of one request: with more there would be no room in an idle engine either, however often it is asked."""
+        return InFlight(self.settings.max_num_seqs + self.settings.max_waiting).max_alone
 
     @cached_property
     def token_texts(self) -> TokenTexts:

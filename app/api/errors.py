@@ -99,9 +99,16 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     if found[0]["type"] == "extra_forbidden":
         message = "is not a parameter that this route supports"
     else:
-        same = [str(item["msg"]) for item in found if item["loc"][:2] == location[:2]]
+        same = [_message(item) for item in found if item["loc"][:2] == location[:2]]
         message = "; ".join(dict.fromkeys(same))
     return problem(request, InvalidRequest(f"{param or 'a parameter'}: {message}", param=param))
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    """pydantic's, which repeats of the input only the tag of a union."""
+    if problem["type"] == "union_tag_invalid":
+        return f"{problem['ctx']['discriminator']} must be one of {problem['ctx']['expected_tags']}"
+    return str(problem["msg"])
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -75,7 +75,7 @@ async def generate(
     An ensemble answers by majority: the text that most members give, of those the one whose first giver is named
     first (Lester et al. 2021, section 6).
     """
-    check_request(body, state.base.info.vocab_size)
+    check_request(body, state.base.info.vocab_size, state.max_rows)
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     with until(deadline):
@@ -187,7 +187,7 @@ class _Run:
         finally:
             if self._to_pay:
                 self._to_pay = False
-                self._caller.spend(self._usage()["total_tokens"])
+                self._caller.spend(self._num_made())
 
     async def _outputs(self, pieces: Mapping[int, Piece], *, first: bool) -> list[dict[str, Any]]:
         """`first`: with what is said once, about the input."""
@@ -208,6 +208,17 @@ class _Run:
         if first and prompt is not None:
             output["prompt_logprobs"] = logprob_entries(self._token_texts, prompt)
         return output
+
+    def _num_made(self) -> int:
+        """Tokens that were read or written: an input that only waited was neither."""
+        texts = [text for _, texts in self._work for text in texts]
+        samples = [self._answers[start : start + self._n] for start in range(0, len(self._answers), self._n)]
+        num_read = sum(
+            len(text)
+            for text, answers in zip(texts, samples, strict=True)
+            if any(answer.has_begun for answer in answers)
+        )
+        return num_read + sum(answer.num_tokens for answer in self._answers)
 
     def _usage(self) -> dict[str, Any]:
         generated = sum(answer.num_tokens for answer in self._answers)

@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 connection with what it lacks.
 
-Clients that send too slowly are cut, heads have limits that hold, what two servers could understand differently is
-refused, and errors have the body that they have everywhere.
+Clients that send or read too slowly are cut, heads have limits that hold, what two servers could understand differently
+is refused, and errors have the body that they have everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from app.api.body import MIN_RATE
 from app.api.errors import problem_body
 from app.errors import HeadTooLarge, InvalidRequest, Overloaded, RequestTimeout, SoftpromptError
 
@@ -74,6 +75,7 @@ class Protocol(H11Protocol):
 
     A head must be whole `receive_timeout` seconds after the connection was opened or the head was begun. A body that
     nobody reads any more, because the reply is complete, gets as long. (`app.api.body` times those that are read.)
+    What is written must be taken in `send_timeout` seconds, and in those that its size earns it at MIN_RATE.
     """
 
     def __init__(
@@ -84,13 +86,16 @@ class Protocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         receive_timeout: float,
+        send_timeout: float,
         max_connections: int,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn: _Connection = _Connection(h11.SERVER, MAX_HEAD)
         self._receive_timeout = receive_timeout
+        self._send_timeout = send_timeout
         self._max_connections = max_connections
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline: asyncio.TimerHandle | None = None  # for what the client sends
+        self._taking: asyncio.TimerHandle | None = None  # for what it takes
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -103,17 +108,31 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._taken()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         super().data_received(data)
+        self._read_on()
         self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._watch_the_last()
         self._watch()
+
+    def pause_writing(self) -> None:
+        """More is written than the client has taken, which the transport keeps: a whole plain reply, maybe."""
+        super().pause_writing()
+        seconds = self._send_timeout + self.transport.get_write_buffer_size() / MIN_RATE
+        self._taking = self.loop.call_later(seconds, self._on_untaken)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._taken()
+        self.transport.set_write_buffer_limits()
 
     def send_400_response(self, msg: str) -> None:
         """What h11 does not understand; called while its exception is being handled."""
@@ -122,6 +141,17 @@ class Protocol(H11Protocol):
             self._refuse(HeadTooLarge("the request's head is too large"))
         else:
             self._refuse(InvalidRequest("this is no valid HTTP/1.1 request", code="invalid_http"))
+
+    def _read_on(self) -> None:
+        """See a client leave although it has sent more than its request.
+
+        uvicorn stops reading there until the reply is complete, and who does not read learns of no end.
+        """
+        if self._refused or self.conn.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):  # type: ignore[attr-defined]
+            return
+        self.flow.resume_reading()
+        if len(self.conn.trailing_data[0]) > MAX_HEAD:
+            self._refuse(InvalidRequest("too much was sent before the reply to this request", code="invalid_http"))
 
     def _watch(self) -> None:
         """Set the clock while the client owes us bytes that nobody else waits for, and stop it otherwise."""
@@ -140,6 +170,21 @@ class Protocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _watch_the_last(self) -> None:
+        """Have `pause_writing` called for what is left of a reply; by itself a transport does so from 64 KiB on."""
+        if self.transport.get_write_buffer_size():
+            self.transport.set_write_buffer_limits(high=0)
+
+    def _taken(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+    def _on_untaken(self) -> None:
+        # NOTE: not close, which waits until the client has taken everything.
+        log.info("a client takes its reply too slowly: the connection is cut")
+        self.transport.abort()
 
     def _on_deadline(self) -> None:
         self._deadline = None
@@ -175,5 +220,6 @@ class Protocol(H11Protocol):
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self._refused = True
         self._unwatch()
+        self._watch_the_last()
         self.transport.write_eof()
         self._deadline = self.loop.call_later(LINGER, self.transport.close)

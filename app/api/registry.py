@@ -17,7 +17,7 @@ from app.api.paging import After, Limit, paged
 from app.api.preconditions import etag, is_unchanged
 from app.api.registry_schemas import Deleted, PublishReply, TaskReply, VersionReply
 from app.api.schemas import Page
-from app.api.upload import UPLOAD_BODY, Upload, read_upload
+from app.api.upload import UPLOAD_BODY, Upload, read_upload, upload_place
 from app.checkpoint import Checkpoint, read_checkpoint, read_manifest
 from app.engine import Engine
 from app.errors import (
@@ -105,6 +105,7 @@ async def list_versions(
 
 @router.post(
     "/{task}/versions",
+    dependencies=[Depends(upload_place)],
     status_code=201,
     response_model=PublishReply,
     responses={200: {"model": PublishReply, "description": "The task had these files already"}},

@@ -20,15 +20,16 @@ T = TypeVar("T")
 DEFAULT_MAX_TOKENS = 128
 
 
-def check_request(body: GenerateRequest, vocab_size: int) -> None:
+def check_request(body: GenerateRequest, vocab_size: int, max_rows: int) -> None:
     """Raises InvalidRequest for more answers than one request may ask for, and for tokens that do not exist."""
     if body.max_tokens == 0 and body.n > 1:
         raise InvalidRequest("n: without new tokens there is but one answer for an input", param="n")
     members = len(body.task) if isinstance(body.task, list) else 1
     count = len(as_list(body.input)) * body.n * members
-    if count > MAX_OUTPUTS:
+    limit = min(MAX_OUTPUTS, max_rows)
+    if count > limit:
         param = "n" if body.n > 1 else "input" if members == 1 else "task"
-        raise InvalidRequest(f"{param}: {count} answers exceed {MAX_OUTPUTS} in one request", param=param)
+        raise InvalidRequest(f"{param}: {count} answers exceed {limit} in one request", param=param)
     bad = next((token_id for token_id in body.stop_token_ids or () if not 0 <= token_id < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(f"stop_token_ids: {bad} is not in the vocabulary of {vocab_size}", param="stop_token_ids")

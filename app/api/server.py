@@ -66,14 +66,18 @@ class Server(uvicorn.Server):
         engine: Engine,
         drain_timeout: float,
         receive_timeout: float,
+        send_timeout: float,
         greeting: str = "",
         drain_delay: float = DRAIN_DELAY,
     ) -> None:
+        protocol = partial(
+            Protocol, receive_timeout=receive_timeout, send_timeout=send_timeout, max_connections=max_connections()
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 # NOTE: h11's, because httptools would take a head of any size. uvicorn calls whatever is no name.
-                http=partial(Protocol, receive_timeout=receive_timeout, max_connections=max_connections()),  # type: ignore[arg-type]
+                http=protocol,  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,

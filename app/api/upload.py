@@ -15,7 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.body import content_type, read_chunks
-from app.api.deps import get_state
+from app.api.deps import StateDep, get_state
 from app.checkpoint import DEFAULT_LIMITS, MAX_MANIFEST_BYTES
 from app.errors import BodyTooLarge, InvalidPromptFile, InvalidRequest, UnsupportedMediaType
 from app.safetensors_header import read_header
@@ -72,6 +72,12 @@ class Upload:
     config: bytes
     tensors: bytes
     manifest: bytes | None
+
+
+async def upload_place(state: StateDep) -> AsyncIterator[None]:
+    """A dependency of the route: holds a place from before the body is read until the reply. Raises Overloaded."""
+    with state.uploads.one():
+        yield
 
 
 async def read_upload(request: Request, max_upload_bytes: int) -> Upload:

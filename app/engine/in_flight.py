@@ -26,6 +26,11 @@ class InFlight:
         if self._counts[digest] >= MAX_SHARE * room:
             raise Overloaded("too many requests for this prompt are in flight for the room that is left")
 
+    @property
+    def max_alone(self) -> int:
+        """So many behind one prompt are let in where there are no others, and behind several prompts no fewer."""
+        return -(-MAX_SHARE * self._limit // (MAX_SHARE + 1))
+
     def add(self, digest: str | None) -> None:
         self._counts[digest] += 1
 
