@@ -83,12 +83,15 @@ def create_app(
     def collect() -> None:
         registry.collect(retention=settings.deleted_retention)
 
+    def sweep() -> None:
+        registry.sweep(retention=settings.deleted_retention)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
         chores = [
             asyncio.create_task(_repeat(REFRESH_INTERVAL, registry.refresh, "refreshed")),
             asyncio.create_task(_repeat(COLLECT_INTERVAL, collect, "collected")),
-            asyncio.create_task(_repeat(SWEEP_INTERVAL, registry.sweep, "swept")),
+            asyncio.create_task(_repeat(SWEEP_INTERVAL, sweep, "swept")),
         ]
         try:
             async with access.running():

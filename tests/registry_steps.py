@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -106,16 +105,18 @@ def retry(step: Step, registry: Registry, before: State) -> None:
 
 
 def leftovers(root: Path) -> list[str]:
-    """What the log does not want; files of deleted versions are wanted until they are collected."""
+    """What the log does not want; files of deleted versions are wanted until they are collected.
+
+    Where there is no log, it is nobody's to say what looks like a version.
+    """
     found = []
     registry = open_registry(root)
     for task in registry._store.tasks():
         state = registry._index.catch_up(task)
-        numbers = {*state.task.versions, *state.deleted}
-        for folder in ("versions", "log"):
-            for name in os.listdir(root / task / folder) if (root / task / folder).exists() else []:
-                if name.startswith(".tmp-") or (folder == "versions" and int(name) not in numbers):
-                    found.append(f"{task}/{folder}/{name}")
+        found += [f"{task}/{path.parent.name}/{path.name}" for path in (root / task).glob("*/.tmp-*")]
+        if state.head.seq:
+            unwanted = registry._store.numbers(task) - state.task.versions.keys() - state.deleted.keys()
+            found += [f"{task}/versions/{number}" for number in unwanted]
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -111,21 +110,6 @@ class Index:
                         states[name] = state
             if states != old.states or problems != old.problems:
                 self._swap(_Snapshot(states, problems))
-
-    def sweep(self, grace: float) -> int:
-        """See `Registry.sweep`."""
-        removed = 0
-        try:
-            for task in self._store.tasks():
-                try:
-                    state = self.catch_up(task)
-                    wanted = {*state.task.versions, *state.deleted}
-                    removed += self._store.sweep(task, wanted, now=time.time(), grace=grace)
-                except ServerError as error:
-                    logger.warning("the leftovers of %s stay: %s", task, error.message)
-        except ServerError as error:
-            logger.warning("the registry could not be swept: %s", error.message)
-        return removed
 
     def _catch_up(self, task: str) -> TaskState:
         known = self._snapshot.states.get(task)

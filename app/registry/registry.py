@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import partial
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
 from app.errors import InvalidRequest, PromptCorrupt, ReferenceNotFound, ServerError
 from app.manifest import Manifest, ManifestInput
 from app.registry import changes, log
 from app.registry.alias import Alias, Target
+from app.registry.cleaner import Cleaner
 from app.registry.index import Index
 from app.registry.log import Change, Entry, MoveAlias, PublishVersion
 from app.registry.pin import Pin, PinCount
@@ -58,6 +57,7 @@ class Registry:
         self._prompts = PromptCache(host_cache_bytes)
         self._quarantine = Quarantine()
         self._index = Index(store, on_gone=self._forget)
+        self._cleaner = Cleaner(store, self._index, self._pins)
 
     def tasks(self) -> list[Task]:
         """Tasks that have a version, by name."""
@@ -225,22 +225,10 @@ class Registry:
     def collect(self, *, retention: float) -> list[str]:
         """Remove the files of versions that were deleted more than `retention` seconds ago, and return their names.
 
-        A version that a request of this process still uses is left for the next time.
+        A version that a request of this process still uses is left for the next time. Logs and goes on with the next
+        task where that fails.
         """
-        before = datetime.now(UTC) - timedelta(seconds=retention)
-        collected = []
-        for state in self._index.states():
-            for number, deleted in state.deleted.items():
-                if self._pins[deleted.version] or not changes.is_due(deleted, before):
-                    continue
-                after = self._index.commit(
-                    state.task.name, partial(changes.collect_version, number=number, deleted_before=before), "collector"
-                )
-                # NOTE: files only go once the log says so: a restored version must have its own.
-                if number not in after.deleted and number not in after.task.versions:
-                    self._store.remove_version(state.task.name, number)
-                    collected.append(deleted.version.reference)
-        return collected
+        return self._cleaner.collect(retention)
 
     def history(self, task: str, *, before: int | None, limit: int) -> list[Entry]:
         """Up to `limit` entries of the task's log, the newest first, of those below sequence number `before`."""
@@ -265,12 +253,14 @@ class Registry:
         except ServerError as error:
             logger.warning("the registry could not be refreshed: %s", error.message)
 
-    def sweep(self, *, grace: float = GRACE) -> int:
+    def sweep(self, *, grace: float = GRACE, retention: float = 0.0) -> int:
         """Remove what uploads and writers that died left longer than `grace` seconds ago; return how much.
 
-        Logs and goes on where that fails, and leaves a task alone whose log cannot be read.
+        What looks like a version, but for its entry in the log, stays until this registry has seen it like that for
+        `retention` seconds: the entry may have been lost. Where there is no log at all it stays for good. Logs and goes
+        on where that fails, and leaves a task alone whose log cannot be read.
         """
-        return self._index.sweep(grace)
+        return self._cleaner.sweep(grace, retention)
 
     def _discard_unless_published(self, task: str, upload: Upload) -> None:
         # An append that failed half-way may be there, and seen by others: only the log can tell.
