@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE
-from app.errors import PromptCorrupt, ReferenceNotFound
+from app.errors import NotReady, PromptCorrupt, ReferenceNotFound
 from app.registry import Registry
 from tests.checkpoints import checkpoint
+from tests.interposed_files import Interposed
 from tests.registry_steps import describe, leftovers, open_registry
 
 FILES = (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE)
@@ -152,6 +155,22 @@ def test_an_upload_mends_and_the_damage_stays_for_the_operator(registry: Registr
     assert path.read_bytes() == b"damaged"
     with pytest.raises(PromptCorrupt):
         registry.pin("bad:3")
+
+
+def test_an_upload_mends_a_file_that_cannot_be_read(root: Path) -> None:
+    class Bad(Interposed):
+        def around(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+            if name == "read" and str(args[0]).endswith(f"versions/1/{TENSORS_FILE}"):
+                raise OSError(errno.EIO, "Input/output error")
+            return super().around(name, call, *args)
+
+    registry = open_registry(root, Bad())
+    registry.publish("bad", checkpoint(1))
+    with pytest.raises(NotReady):
+        registry.pin("bad")
+    published = registry.publish("bad", checkpoint(1))
+    assert published.created and registry.pin("bad").version.number == 2
+    assert not registry.publish("bad", checkpoint(1)).created
 
 
 def test_a_task_in_memory_is_served_on_when_its_files_are_damaged(registry: Registry, root: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
-from app.errors import InvalidRequest, PromptCorrupt, ReferenceNotFound, ServerError
+from app.errors import InvalidRequest, NotReady, PromptCorrupt, ReferenceNotFound, ServerError
 from app.manifest import Manifest, ManifestInput
 from app.registry import changes, log
 from app.registry.alias import Alias, Target
@@ -285,8 +285,8 @@ class Registry:
     def _is_intact(self, version: Version) -> bool:
         try:
             return all(self._read(version, name) for name in version.files)
-        except (PromptCorrupt, ReferenceNotFound):
-            return False
+        except (PromptCorrupt, ReferenceNotFound, NotReady):
+            return False  # a file on a bad sector cannot be read at all, and is mended as one that is damaged is
 
     def _read(self, version: Version, name: str) -> bytes:
         data = self._store.read_file(version.task, version.number, name)
