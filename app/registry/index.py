@@ -90,8 +90,9 @@ class Index:
     def refresh(self) -> None:
         """Catch up with every task. Costs one failing open(2) a task when there is nothing new.
 
-        A log that is damaged makes its task unavailable; one that cannot be read for another reason keeps the
-        state known before. Both are logged once. Raises NotReady if the store cannot be listed.
+        A log that is damaged, or that cannot be read, keeps the state known before, so that what was served is served
+        on; without one the task is unavailable. It is logged once, and whoever writes to the task finds out. Raises
+        NotReady if the store cannot be listed.
         """
         with self._writing:
             old = self._snapshot
@@ -101,8 +102,6 @@ class Index:
                     state = self._read(name, states.get(name))
                 except ServerError as error:
                     problems[name] = error.message
-                    if isinstance(error, PromptCorrupt):
-                        states.pop(name, None)
                     if old.problems.get(name) != error.message:
                         logger.error("the log of the task %s cannot be used: %s", name, error.message)
                 else:
