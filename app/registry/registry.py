@@ -280,7 +280,13 @@ class Registry:
                 raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
             return prompt
 
-        return self._prompts.get(_key(version), load)
+        prompt = self._prompts.get(_key(version), load)
+        try:
+            self.version(version.task, version.number)
+        except (ReferenceNotFound, PromptCorrupt):
+            # Deleted since it was resolved, and forgotten before it was loaded: nobody else would ever drop it.
+            self._prompts.forget(_key(version))
+        return prompt
 
     def _is_intact(self, version: Version) -> bool:
         try:
