@@ -171,9 +171,16 @@ class Store:
         return True
 
     def settle(self, task: str) -> None:
-        """Make durable what the log shows: whoever appended the last entry may have died before that."""
+        """Make durable what the log shows: whoever appended the last entry may have died or failed before that."""
+        folder = self._log(task)
+        temporary = _temporary(folder)
         with storage_errors():
-            self._fs.sync_folder(self._log(task))
+            # NOTE: after a failed sync the kernel may take the folder for clean, and the next one would do nothing:
+            # change it first. A folder, because a file would have to be synced itself.
+            self._fs.mkdir(temporary)
+            with suppress(OSError):
+                self._fs.rmdir(temporary)
+            self._fs.sync_folder(folder)
 
     def create(self, task: str) -> None:
         """Make the folders of a new task durably."""
