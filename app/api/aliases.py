@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse, Response
 from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
-from app.api.paging import After, Limit, paged
+from app.api.paging import After, Limit, after_number, paged
 from app.api.preconditions import etag, expected_etag
 from app.api.registry_schemas import AliasReply, AliasRequest, Deleted, HistoryEntry
 from app.api.schemas import Page
-from app.errors import InvalidRequest, PreconditionRequired
+from app.errors import PreconditionRequired
 from app.registry import Alias, Entry, Registry
 from app.registry.reference import not_found
 
@@ -97,9 +97,7 @@ def _seen_etag(registry: Registry, task: str, alias: str, request: Request) -> i
 @router.get("/history", response_model=Page[HistoryEntry])
 async def get_history(task: str, state: StateDep, limit: Limit = 100, after: After = None) -> Any:
     """Who changed what and when, the newest first; with `after`, what came before that change."""
-    if after is not None and not (after.isdecimal() and after.isascii() and len(after) < 10):
-        raise InvalidRequest("after: must be the number of a change", param="after")
-    before = None if after is None else int(after)
+    before = after_number(after, "change")
     entries = await anyio.to_thread.run_sync(partial(state.registry.history, task, before=before, limit=limit + 1))
     return paged([_change_reply(entry) for entry in entries], limit)
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
-from app.api.paging import After, Limit, paged
+from app.api.paging import After, Limit, after_number, paged
 from app.api.preconditions import etag, is_unchanged
 from app.api.registry_schemas import Deleted, PublishReply, TaskReply, VersionReply
 from app.api.schemas import Page
@@ -93,12 +93,11 @@ async def list_versions(
         found = {item.version: item.deleted_at for item in state.registry.deleted_versions(task)}
     else:
         found = dict.fromkeys(state.registry.task(task).versions.values())
-    if after is not None and after not in {str(version.number) for version in found}:
-        raise not_found()
+    above = after_number(after, "version") or 0
     versions = [
         _version_reply(version, state.registry, deleted_at)
         for version, deleted_at in found.items()
-        if (after is None or version.number > int(after)) and _has_tag(version, tag)
+        if version.number > above and _has_tag(version, tag)
     ]
     return paged(versions, limit)
 
