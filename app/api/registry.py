@@ -71,9 +71,8 @@ async def get_task(task: str, state: StateDep) -> Any:
 async def delete_task(task: str, state: StateDep, caller: CallerDep) -> Any:
     """Delete a task and all its versions; each can be restored. Refused with 412 while an alias besides `latest` is
     there."""
-    versions = list(state.registry.task(task).versions.values())
-    await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
-    for version in versions:
+    deleted = await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
+    for version in deleted:
         await _unload(state.engine, version)
     return {"id": task, "object": "task", "deleted": True}
 
@@ -139,12 +138,17 @@ async def get_version(version: VersionDep, state: StateDep) -> Any:
 
 
 @router.delete("/{task}/versions/{version}", response_model=Deleted)
-async def delete_version(version: VersionDep, state: StateDep, caller: CallerDep) -> Any:
+async def delete_version(
+    task: str,
+    version: Annotated[str, Path(description="A version number")],
+    state: StateDep,
+    caller: CallerDep,
+) -> Any:
     """Delete a version; requests that use it finish, and it can be restored. 412 while an alias names it."""
-    delete = partial(state.registry.delete_version, version.task, version.number, actor=caller.actor)
-    await anyio.to_thread.run_sync(delete)
-    await _unload(state.engine, version)
-    return {"id": version.reference, "object": "version", "deleted": True}
+    delete = partial(state.registry.delete_version, task, _number(task, version), actor=caller.actor)
+    deleted = await anyio.to_thread.run_sync(delete)
+    await _unload(state.engine, deleted)
+    return {"id": deleted.reference, "object": "version", "deleted": True}
 
 
 @router.post("/{task}/versions/{version}:restore", response_model=VersionReply)
@@ -155,10 +159,8 @@ async def restore_version(
     caller: CallerDep,
 ) -> Any:
     """Undo the deletion of a version, until its files are collected. It gets no alias back."""
-    number = parse_reference(f"{task}:{version}").version
-    if number is None:
-        raise not_found()
-    restored = await anyio.to_thread.run_sync(partial(state.registry.restore_version, task, number, actor=caller.actor))
+    restore = partial(state.registry.restore_version, task, _number(task, version), actor=caller.actor)
+    restored = await anyio.to_thread.run_sync(restore)
     return _version_reply(restored, state.registry)
 
 
@@ -180,6 +182,15 @@ async def get_file(name: str, version: VersionDep, request: Request, state: Stat
     data = await anyio.to_thread.run_sync(state.registry.read_file, version.task, version.number, name)
     media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
     return Response(data, media_type=media_type, headers=headers)
+
+
+def _number(task: str, version: str) -> int:
+    """Of a version that this process need not know of yet."""
+    # The reference is checked whole, so a malformed number is the same 404 as an unknown one.
+    number = parse_reference(f"{task}:{version}").version
+    if number is None:
+        raise not_found()
+    return number
 
 
 def _check(upload: Upload, base: BaseInfo) -> Checkpoint:

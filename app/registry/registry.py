@@ -172,12 +172,13 @@ class Registry:
         alias: str,
         versions: int | Mapping[int, float],
         *,
-        expected: int | None,
+        expected: changes.Etags | None,
         actor: str = "anonymous",
     ) -> Alias:
         """Point `alias` at a version, or at several by weight, if its etag is still `expected` (None: if it is new).
 
-        Raises PreconditionFailed otherwise, and InvalidRequest for a bad name or bad weights.
+        Compared is what every process has acknowledged by then, which `task` may not show yet. Raises PreconditionFailed
+        if it differs, and InvalidRequest for a bad name or bad weights.
         """
         check_alias_name(alias)
         target = Target.of(versions)
@@ -187,31 +188,40 @@ class Registry:
 
         return self._index.commit(task, decide, actor).task.aliases[alias]
 
-    def roll_back_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> Alias:
+    def roll_back_alias(self, task: str, alias: str, *, expected: changes.Etags, actor: str = "anonymous") -> Alias:
         """Point `alias` at what it was before its last move; again for what it was before that.
 
-        Raises PreconditionFailed if it was moved since, or if there is nothing to go back to.
+        Raises PreconditionFailed if it was moved since, or if there is nothing to go back to, and ReferenceNotFound if
+        there is no such alias.
         """
         state = self._index.commit(task, lambda state: changes.roll_back_alias(state, alias, expected), actor)
         return state.task.aliases[alias]
 
-    def remove_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> None:
-        """Raises PreconditionFailed if it was moved since."""
+    def remove_alias(self, task: str, alias: str, *, expected: changes.Etags, actor: str = "anonymous") -> None:
+        """Raises PreconditionFailed if it was moved since, and ReferenceNotFound if it is gone."""
         self._index.commit(task, lambda state: changes.remove_alias(state, alias, expected), actor)
 
-    def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> None:
+    def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> Version:
         """Delete a version: nobody finds it any more, who has it pinned keeps it, and `restore_version` undoes it.
 
         Raises PreconditionFailed while an alias names it.
         """
-        self._index.commit(task, lambda state: changes.delete_version(state, number), actor)
+        state = self._index.commit(task, lambda state: changes.delete_version(state, number), actor)
+        return state.deleted[number].version
 
-    def delete_task(self, task: str, *, actor: str = "anonymous") -> None:
-        """Delete every version of a task, and its alias `latest` with them.
+    def delete_task(self, task: str, *, actor: str = "anonymous") -> list[Version]:
+        """Delete every version of a task, and its alias `latest` with them; return those that were live until now.
 
         Raises PreconditionFailed while it has any other alias.
         """
-        self._index.commit(task, changes.delete_task, actor)
+        live: list[Version] = []
+
+        def decide(state: TaskState) -> Change:
+            live[:] = state.task.versions.values()
+            return changes.delete_task(state)
+
+        self._index.commit(task, decide, actor)
+        return live
 
     def restore_version(self, task: str, number: int, *, actor: str = "anonymous") -> Version:
         """Undo the deletion of a version whose files have not been collected; it gets no alias back."""
