@@ -25,9 +25,7 @@ def versions(root: Path, task: str = "t") -> list[str]:
     return sorted(os.listdir(root / task / "versions"))
 
 
-def test_a_task_that_cannot_be_collected_costs_no_other_its_turn(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_task_that_cannot_be_collected_costs_no_other_its_turn(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     registry = open_registry(root)
     for task in ("a", "b", "c"):
         registry.publish(task, checkpoint(1))

@@ -177,8 +177,8 @@ class Registry:
     ) -> Alias:
         """Point `alias` at a version, or at several by weight, if its etag is still `expected` (None: if it is new).
 
-        Compared is what every process has acknowledged by then, which `task` may not show yet. Raises PreconditionFailed
-        if it differs, and InvalidRequest for a bad name or bad weights.
+        Compared with what every process has acknowledged by then, which `task` may not show yet. Raises
+        PreconditionFailed if it differs, and InvalidRequest for a bad name or bad weights.
         """
         check_alias_name(alias)
         target = Target.of(versions)
