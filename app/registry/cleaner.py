@@ -75,4 +75,7 @@ class Cleaner:
             del self._unwanted_since[key]
         since = {number: self._unwanted_since.setdefault((task, number), now) for number in unwanted}
         doomed = [number for number, first in since.items() if now - first >= retention]
+        if doomed:
+            # NOTE: or the power could take back the entry that let them go, and not their removal.
+            self._store.settle(task)
         return self._store.sweep(task, doomed, now=time.time(), grace=grace)
