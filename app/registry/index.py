@@ -63,6 +63,10 @@ class Index:
         """All of them, by name."""
         return [state for _, state in sorted(self._snapshot.states.items())]
 
+    def problems(self) -> Mapping[str, str]:
+        """Task -> what the last refresh found wrong with its log."""
+        return self._snapshot.problems
+
     def catch_up(self, task: str) -> TaskState:
         """The task as its log stands now, which is not behind any acknowledged write of any process."""
         with self._writing:
@@ -97,7 +101,10 @@ class Index:
         with self._writing:
             old = self._snapshot
             states, problems = dict(old.states), {}
-            for name in self._store.tasks():
+            names = self._store.tasks()
+            # Another registry is mounted there, or none: that looks like an empty folder.
+            missing = dict.fromkeys(states.keys() - set(names), "its folder is gone")
+            for name in names:
                 try:
                     state = self._read(name, states.get(name))
                 except ServerError as error:
@@ -107,6 +114,9 @@ class Index:
                 else:
                     if state.head.seq:
                         states[name] = state
+            for name in missing.keys() - old.problems.keys():
+                logger.error("the task %s is served from memory: %s", name, missing[name])
+            problems |= missing
             if states != old.states or problems != old.problems:
                 self._swap(_Snapshot(states, problems))
 

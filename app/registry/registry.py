@@ -56,6 +56,7 @@ class Registry:
         self._pins = PinCount()
         self._prompts = PromptCache(host_cache_bytes)
         self._quarantine = Quarantine()
+        self._unrefreshed: str | None = None  # why the last refresh failed
         self._index = Index(store, on_gone=self._forget)
         self._cleaner = Cleaner(store, self._index, self._pins)
 
@@ -261,7 +262,18 @@ class Registry:
         try:
             self._index.refresh()
         except ServerError as error:
+            self._unrefreshed = error.message
             logger.warning("the registry could not be refreshed: %s", error.message)
+        else:
+            self._unrefreshed = None
+
+    def trouble(self) -> str | None:
+        """What an operator should look at, without names; None if all is well."""
+        found = [] if self._unrefreshed is None else [f"not refreshed: {self._unrefreshed}"]
+        damaged = len(self._index.problems())
+        if damaged:
+            found.append(f"{damaged} task{'s' * (damaged > 1)} whose log cannot be used")
+        return "; ".join(found) or None
 
     def sweep(self, *, grace: float = GRACE, retention: float = 0.0) -> int:
         """Remove what uploads and writers that died left longer than `grace` seconds ago; return how much.
