@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
-from app.inspection import similar, virtual_tokens
+from app.inspection import Mean, similar, virtual_tokens
 from app.soft_prompt import SoftPrompt
 from tests.api_harness import NUM_VIRTUAL_TOKENS, Harness, files
 
@@ -167,9 +167,10 @@ def test_similar_is_the_cosine_of_means_within_a_kind() -> None:
     def prompt(rows: Any, kind: Any = "embedding") -> SoftPrompt:
         return SoftPrompt(kind, torch.tensor(rows), "sha256:" + "0" * 64)
 
-    one = prompt([[1.0, 0.0], [3.0, 0.0]])
-    keys = SoftPrompt("kv", torch.ones(1, 2, 1, 2, 2), "sha256:" + "1" * 64)
-    others = [("far", prompt([[-1.0, 0.0]])), ("near", prompt([[2.0, 2.0], [4.0, 4.0]])), ("kv", keys)]
+    one = Mean.of(prompt([[1.0, 0.0], [3.0, 0.0]]))
+    keys = Mean.of(SoftPrompt("kv", torch.ones(1, 2, 1, 2, 2), "sha256:" + "1" * 64))
+    far, near = Mean.of(prompt([[-1.0, 0.0]])), Mean.of(prompt([[2.0, 2.0], [4.0, 4.0]]))
+    others = [("far", far), ("near", near), ("kv", keys)]
     found = similar(one, others, limit=5)
     assert found == [{"reference": "near", "similarity": 0.707107}, {"reference": "far", "similarity": -1.0}]
     assert similar(one, others, limit=1) == found[:1]

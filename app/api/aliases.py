@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable
 from functools import partial
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -56,7 +55,7 @@ async def put_alias(
     """
     expected = expected_etags(request)
     versions = {int(number): weight for number, weight in (body.weights or {}).items()} or body.version or 0
-    moved = await anyio.to_thread.run_sync(
+    moved = await state.storing.run(
         partial(state.registry.move_alias, task, alias, versions, expected=expected, actor=caller.actor)
     )
     return _alias_reply(task, moved, created=expected is None)
@@ -66,9 +65,7 @@ async def put_alias(
 async def delete_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Any:
     """Remove an alias, by compare-and-swap: If-Match. The versions it names stay."""
     expected = _if_match(request)
-    await anyio.to_thread.run_sync(
-        partial(state.registry.remove_alias, task, alias, expected=expected, actor=caller.actor)
-    )
+    await state.storing.run(partial(state.registry.remove_alias, task, alias, expected=expected, actor=caller.actor))
     return {"id": f"{task}@{alias}", "object": "alias", "deleted": True}
 
 
@@ -76,7 +73,7 @@ async def delete_alias(task: str, alias: str, request: Request, state: StateDep,
 async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Response:
     """Point an alias at what it was before its last move, by compare-and-swap: If-Match. Again goes a step further."""
     expected = _if_match(request)
-    moved = await anyio.to_thread.run_sync(
+    moved = await state.storing.run(
         partial(state.registry.roll_back_alias, task, alias, expected=expected, actor=caller.actor)
     )
     return _alias_reply(task, moved)
@@ -94,7 +91,7 @@ def _if_match(request: Request) -> Container[int]:
 async def get_history(task: str, state: StateDep, limit: Limit = 100, after: After = None) -> Any:
     """Who changed what and when, the newest first; with `after`, what came before that change."""
     before = after_number(after, "change")
-    entries = await anyio.to_thread.run_sync(partial(state.registry.history, task, before=before, limit=limit + 1))
+    entries = await state.storing.run(partial(state.registry.history, task, before=before, limit=limit + 1))
     return paged([_change_reply(entry) for entry in entries], limit)
 
 

@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -71,7 +70,7 @@ async def get_task(task: str, state: StateDep) -> Any:
 async def delete_task(task: str, state: StateDep, caller: CallerDep) -> Any:
     """Delete a task and all its versions; each can be restored. Refused with 412 while an alias besides `latest` is
     there."""
-    deleted = await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
+    deleted = await state.storing.run(partial(state.registry.delete_task, task, actor=caller.actor))
     for version in deleted:
         await _unload(state.engine, version)
     return {"id": task, "object": "task", "deleted": True}
@@ -122,10 +121,10 @@ async def publish_version(
         if alias != DEFAULT_ALIAS:
             caller.check_scope("aliases:write")
     upload = await read_upload(request, state.settings.max_upload_bytes)
-    checkpoint = await anyio.to_thread.run_sync(_check, upload, state.base.info)
+    checkpoint = await state.storing.run(partial(_check, upload, state.base.info))
     await _try_out(state.engine, checkpoint.prompt)
     publish = partial(state.registry.publish, task, checkpoint, alias=alias or None, actor=caller.actor)
-    published = await anyio.to_thread.run_sync(publish)
+    published = await state.storing.run(publish)
     version = published.version
     reply = {**_version_reply(version, state.registry), "warnings": list(published.warnings)}
     headers = {"Location": f"/v1/tasks/{task}/versions/{version.number}", "ETag": etag(version.digest)}
@@ -146,7 +145,7 @@ async def delete_version(
 ) -> Any:
     """Delete a version; requests that use it finish, and it can be restored. 412 while an alias names it."""
     delete = partial(state.registry.delete_version, task, _number(task, version), actor=caller.actor)
-    deleted = await anyio.to_thread.run_sync(delete)
+    deleted = await state.storing.run(delete)
     await _unload(state.engine, deleted)
     return {"id": deleted.reference, "object": "version", "deleted": True}
 
@@ -160,7 +159,7 @@ async def restore_version(
 ) -> Any:
     """Undo the deletion of a version, until its files are collected. It gets no alias back."""
     restore = partial(state.registry.restore_version, task, _number(task, version), actor=caller.actor)
-    restored = await anyio.to_thread.run_sync(restore)
+    restored = await state.storing.run(restore)
     return _version_reply(restored, state.registry)
 
 
@@ -179,7 +178,7 @@ async def get_file(name: str, version: VersionDep, request: Request, state: Stat
     headers = {"ETag": etag(version.files[name]), "Cache-Control": "no-cache"}
     if is_unchanged(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    data = await anyio.to_thread.run_sync(state.registry.read_file, version.task, version.number, name)
+    data = await state.storing.run(partial(state.registry.read_file, version.task, version.number, name))
     media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
     return Response(data, media_type=media_type, headers=headers)
 

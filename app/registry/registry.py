@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
 from app.errors import InvalidRequest, NotReady, PromptCorrupt, ReferenceNotFound, ServerError
@@ -85,15 +86,16 @@ class Registry:
             return _version(task, alias.choose(task.name, user) if alias else None)
         return _version(task, wanted.version)
 
-    def pin(self, reference: str, *, user: str | None = None) -> Pin:
+    def pin(self, reference: str, *, user: str | None = None, drawn: Version | None = None) -> Pin:
         """Resolve `reference` once, as `resolve` does, count its version as used and have its soft prompt in memory.
 
-        Blocks when files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do
-        not match their digests, and InvalidPromptFile if the prompt does not fit the base model, which the
-        operator may have changed since it was published.
+        `drawn` is what it was resolved to already: of a canary, another draw could give another version. Blocks when
+        files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do not match their
+        digests, and InvalidPromptFile if the prompt does not fit the base model, which the operator may have changed
+        since it was published.
         """
         while True:
-            version = self.resolve(reference, user=user)
+            version, drawn = drawn or self.resolve(reference, user=user), None
             self._pins.add(version)
             try:
                 return Pin(version, self._prompt(version), self._pins)
@@ -103,6 +105,19 @@ class Registry:
             except BaseException:
                 self._pins.remove(version)
                 raise
+
+    def pin_in_memory(self, version: Version) -> Pin | None:
+        """Pin what was resolved just now if its soft prompt is in memory; takes no time."""
+        self._pins.add(version)
+        prompt = self._prompts.find(_key(version))
+        if prompt is None:
+            self._pins.remove(version)
+            return None
+        return Pin(version, prompt, self._pins)
+
+    def read_prompt(self, version: Version) -> SoftPrompt:
+        """Its soft prompt for a look, which changes nothing of what is kept in memory. Raises what `pin` raises."""
+        return self._prompts.find(_key(version), use=False) or self._load(version)
 
     def pins(self, version: Version) -> int:
         """How many pins of the version are not released."""
@@ -293,21 +308,21 @@ class Registry:
             logger.warning("an upload for %s may be left over: %s", task, error.message)
 
     def _prompt(self, version: Version) -> SoftPrompt:
-        def load() -> SoftPrompt:
-            config, tensors = self._read(version, CONFIG_FILE), self._read(version, TENSORS_FILE)
-            given = version.manifest.model_dump(include=set(ManifestInput.model_fields))
-            manifest = ManifestInput.model_validate(given)
-            prompt = read_checkpoint(config, tensors, manifest, self._base).prompt
-            if prompt.digest != version.digest:
-                raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
-            return prompt
-
-        prompt = self._prompts.get(_key(version), load)
+        prompt = self._prompts.get(_key(version), partial(self._load, version))
         try:
             self.version(version.task, version.number)
         except (ReferenceNotFound, PromptCorrupt):
             # Deleted since it was resolved, and forgotten before it was loaded: nobody else would ever drop it.
             self._prompts.forget(_key(version))
+        return prompt
+
+    def _load(self, version: Version) -> SoftPrompt:
+        config, tensors = self._read(version, CONFIG_FILE), self._read(version, TENSORS_FILE)
+        given = version.manifest.model_dump(include=set(ManifestInput.model_fields))
+        manifest = ManifestInput.model_validate(given)
+        prompt = read_checkpoint(config, tensors, manifest, self._base).prompt
+        if prompt.digest != version.digest:
+            raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
         return prompt
 
     def _is_intact(self, version: Version) -> bool:
