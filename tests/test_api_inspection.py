@@ -160,13 +160,13 @@ def test_what_is_compared_pushes_nothing_out_of_memory_and_is_read_once(
     harness.registry._prompts._max_bytes = size
     harness.registry.pin("c").release()
     reads: list[str] = []
-    load = harness.registry._load
+    load = harness.registry._files.load
 
     def note(version: Any) -> SoftPrompt:
         reads.append(version.reference)
         return load(version)
 
-    monkeypatch.setattr(harness.registry, "_load", note)
+    monkeypatch.setattr(harness.registry._files, "load", note)
     for _ in range(3):
         assert similar(client) == ["b:1", "c:1"]
     assert reads == ["a:1", "b:1", "a:1", "a:1"]

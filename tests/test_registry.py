@@ -23,7 +23,7 @@ from app.errors import (
 )
 from app.manifest import Defaults, ManifestInput
 from app.registry import Alias, Registry, Store, Target, Version
-from app.registry import registry as registry_module
+from app.registry import files as files_module
 from app.soft_prompt import BaseInfo, SoftPrompt
 from tests.checkpoints import BASE, TENSORS_FILE, checkpoint, log_entries
 
@@ -246,7 +246,7 @@ def test_concurrent_first_requests_read_once_and_block_no_other_version(
             assert go.wait(60)
         return read_checkpoint(config, tensors, manifest, base)
 
-    monkeypatch.setattr(registry_module, "read_checkpoint", read)
+    monkeypatch.setattr(files_module, "read_checkpoint", read)
     prompts: list[SoftPrompt] = []
     with ThreadPoolExecutor(64) as threads:
         waiting = [threads.submit(registry.pin, "slow") for _ in range(64)]

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
-from app.errors import InvalidRequest, NotReady, PromptCorrupt, ReferenceNotFound, ServerError
-from app.manifest import Manifest, ManifestInput
+from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint
+from app.errors import InvalidRequest, PromptCorrupt, ReferenceNotFound, ServerError
+from app.manifest import Manifest
 from app.registry import changes, log
 from app.registry.alias import Alias, Target
 from app.registry.cleaner import Cleaner
+from app.registry.files import Files
 from app.registry.index import Index
 from app.registry.log import Change, Entry, MoveAlias, PublishVersion
 from app.registry.pin import Pin, PinCount
@@ -60,6 +61,7 @@ class Registry:
         self._unrefreshed: str | None = None  # why the last refresh failed
         self._index = Index(store, on_gone=self._forget)
         self._cleaner = Cleaner(store, self._index, self._pins)
+        self._files = Files(store, self._index, self._quarantine, base)
 
     def tasks(self) -> list[Task]:
         """Tasks that have a version, by name."""
@@ -117,7 +119,7 @@ class Registry:
 
     def read_prompt(self, version: Version) -> SoftPrompt:
         """Its soft prompt for a look, which changes nothing of what is kept in memory. Raises what `pin` raises."""
-        return self._prompts.find(_key(version), use=False) or self._load(version)
+        return self._prompts.find(_key(version), use=False) or self._files.load(version)
 
     def pins(self, version: Version) -> int:
         """How many pins of the version are not released."""
@@ -165,7 +167,7 @@ class Registry:
         try:
             known = self._index.catch_up(task)
             existing = known.task.by_digest.get(digest)
-            if existing is not None and not self._is_intact(existing):
+            if existing is not None and not self._files.are_intact(existing):
                 damaged = existing  # uploading it again is how an operator mends it
             if existing is None or damaged:
                 if not known.head.seq:
@@ -267,7 +269,7 @@ class Registry:
         version = self.version(task, number)
         if name not in version.files:
             raise not_found()
-        return self._read(version, name)
+        return self._files.read(version, name)
 
     def refresh(self) -> None:
         """Pick up what other processes wrote; cheap when there is nothing.
@@ -308,38 +310,13 @@ class Registry:
             logger.warning("an upload for %s may be left over: %s", task, error.message)
 
     def _prompt(self, version: Version) -> SoftPrompt:
-        prompt = self._prompts.get(_key(version), partial(self._load, version))
+        prompt = self._prompts.get(_key(version), partial(self._files.load, version))
         try:
             self.version(version.task, version.number)
         except (ReferenceNotFound, PromptCorrupt):
             # Deleted since it was resolved, and forgotten before it was loaded: nobody else would ever drop it.
             self._prompts.forget(_key(version))
         return prompt
-
-    def _load(self, version: Version) -> SoftPrompt:
-        config, tensors = self._read(version, CONFIG_FILE), self._read(version, TENSORS_FILE)
-        given = version.manifest.model_dump(include=set(ManifestInput.model_fields))
-        manifest = ManifestInput.model_validate(given)
-        prompt = read_checkpoint(config, tensors, manifest, self._base).prompt
-        if prompt.digest != version.digest:
-            raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
-        return prompt
-
-    def _is_intact(self, version: Version) -> bool:
-        try:
-            return all(self._read(version, name) for name in version.files)
-        except (PromptCorrupt, ReferenceNotFound, NotReady):
-            return False  # a file on a bad sector cannot be read at all, and is mended as one that is damaged is
-
-    def _read(self, version: Version, name: str) -> bytes:
-        data = self._store.read_file(version.task, version.number, name)
-        if data is None and version.number not in self._index.catch_up(version.task).task.versions:
-            raise not_found()
-        if data is None or log.sha256(data) != version.files[name]:
-            self._quarantine.add(version, name)
-            raise PromptCorrupt(f"{version.reference}: {name} does not match its digest")
-        self._quarantine.lift(version, name)
-        return data
 
     def _forget(self, version: Version) -> None:
         self._prompts.forget(_key(version))
