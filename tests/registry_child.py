@@ -28,7 +28,7 @@ from tests.registry_steps import STEPS, content, open_registry
 TASKS = ("t0", "t1")
 LEFTOVER_GRACE = 3.0  # seconds: longer than an upload takes here, shorter than a run of `mix`
 # What `mix` does, and how often.
-KINDS = {"publish": 1, "move": 2, "split": 1, "roll_back": 2, "delete": 2, "restore": 2, "read": 2}
+KINDS = {"publish": 1.0, "move": 2.0, "split": 1.0, "roll_back": 2.0, "delete": 2.0, "restore": 2.0, "read": 2.0}
 KINDS |= {"collect": 0.2, "sweep": 0.2}
 
 

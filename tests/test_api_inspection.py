@@ -43,7 +43,7 @@ def client(harness: Harness) -> Iterator[TestClient]:
         yield client
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor that is made."""
 
     elements = 0
@@ -62,7 +62,7 @@ def test_neighbours_are_found_part_by_part() -> None:
     rows, table = 2 * inspection.ROWS_PART + 5, 3 * inspection.VOCABULARY_PART + 7
     prompt = SoftPrompt("embedding", torch.randn(rows, 8), "sha256:" + "0" * 64)
     embedding = torch.randn(table, 8)
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         found = virtual_tokens(prompt, embedding, str, neighbors=3)
     assert largest.elements <= inspection.ROWS_PART * inspection.VOCABULARY_PART < rows * table / 4
     cosines = F.normalize(prompt.tensor, dim=1) @ F.normalize(embedding, dim=1).T

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1e6
-        monkeypatch.setattr(cleaner.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(cleaner, "time", SimpleNamespace(monotonic=lambda: self.seconds, time=time.time))
 
 
 @pytest.fixture
