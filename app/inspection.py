@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,10 @@ import torch.nn.functional as F
 
 from app.soft_prompt import SoftPrompt
 
-VOCABULARY_PART = 8192
+# What is compared at once: a large vocabulary's table in float32, or all of a long prompt's similarities to it, would
+# be gigabytes.
+VOCABULARY_PART = 2048
+ROWS_PART = 512
 
 
 def virtual_tokens(
@@ -29,27 +34,37 @@ def virtual_tokens(
             for i, (key, value) in enumerate(zip(keys, values, strict=True))
         ]
     vectors = prompt.tensor.to(embedding.device, torch.float32)
-    directions = F.normalize(vectors, dim=1)
-    # In parts: a large vocabulary's whole table in float32 would be gigabytes.
-    parts = [
-        directions @ F.normalize(embedding[first : first + VOCABULARY_PART].detach().float(), dim=1).T
-        for first in range(0, len(embedding), VOCABULARY_PART)
-    ]
-    similarity = torch.cat(parts, dim=1)
-    best = similarity.topk(min(neighbors, len(embedding)), dim=1)
+    similarities, ids = _nearest(F.normalize(vectors, dim=1), embedding, neighbors)
     return [
         {
             "index": i,
-            "norm": float(vector.norm()),
+            "norm": norm,
             "nearest": [
                 {"id": token_id, "text": text_of(token_id), "similarity": round(value, 6)}
-                for token_id, value in zip(ids, values, strict=True)
+                for token_id, value in zip(near, values, strict=True)
             ],
         }
-        for i, (vector, ids, values) in enumerate(
-            zip(vectors, best.indices.tolist(), best.values.tolist(), strict=True)
+        for i, (norm, near, values) in enumerate(
+            zip(vectors.norm(dim=1).tolist(), ids.tolist(), similarities.tolist(), strict=True)
         )
     ]
+
+
+def _nearest(directions: torch.Tensor, embedding: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and ids of the `count` likest entries for each row of `directions`, the best first."""
+    values = directions.new_empty(len(directions), 0)
+    ids = torch.empty(values.shape, dtype=torch.long, device=values.device)
+    for first in range(0, len(embedding), VOCABULARY_PART):
+        part = F.normalize(embedding[first : first + VOCABULARY_PART].detach().float(), dim=1)
+        found = [
+            (directions[row : row + ROWS_PART] @ part.T).topk(min(count, len(part)), dim=1)
+            for row in range(0, len(directions), ROWS_PART)
+        ]
+        values = torch.cat([values, torch.cat([best.values for best in found])], dim=1)
+        ids = torch.cat([ids, torch.cat([best.indices for best in found]) + first], dim=1)
+        values, order = values.topk(min(count, values.shape[1]), dim=1)
+        ids = ids.gather(1, order)
+    return values, ids
 
 
 def median_norm(embedding: torch.Tensor) -> float:
@@ -57,20 +72,48 @@ def median_norm(embedding: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32).median())
 
 
-def similar(prompt: SoftPrompt, others: Iterable[tuple[str, SoftPrompt]], *, limit: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Mean:
+    """Of a prompt's virtual tokens, flat."""
+
+    kind: str
+    vector: torch.Tensor
+
+    @classmethod
+    def of(cls, prompt: SoftPrompt) -> Mean:
+        return cls(prompt.kind, prompt.tensor.mean(dim=0 if prompt.kind == "embedding" else 3).flatten())
+
+
+class Means:
+    """Those used last, by digest, so that a comparison does not read every prompt anew. For one thread at a time."""
+
+    def __init__(self, max_bytes: int = 64 * 2**20) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._means: OrderedDict[str, Mean] = OrderedDict()
+
+    def get(self, digest: str, read: Callable[[], SoftPrompt]) -> Mean:
+        """Raises what `read` raises."""
+        known = self._means.get(digest)
+        if known is not None:
+            self._means.move_to_end(digest)
+            return known
+        mean = self._means[digest] = Mean.of(read())
+        self._bytes += mean.vector.nbytes
+        while self._bytes > self._max_bytes:
+            _, dropped = self._means.popitem(last=False)
+            self._bytes -= dropped.vector.nbytes
+        return mean
+
+
+def similar(mean: Mean, others: Iterable[tuple[str, Mean]], *, limit: int) -> list[dict[str, Any]]:
     """The `limit` most similar of the same kind, best first, by the cosine of the means over their virtual tokens.
 
     Tasks with similar prompts transfer to each other well (Vu et al. 2022, "SPoT", section 4).
     """
-    mean = _mean(prompt)
     found: list[dict[str, Any]] = [
-        {"reference": name, "similarity": round(float(F.cosine_similarity(mean, _mean(other), dim=0)), 6)}
+        {"reference": name, "similarity": round(float(F.cosine_similarity(mean.vector, other.vector, dim=0)), 6)}
         for name, other in others
-        if other.kind == prompt.kind
+        if other.kind == mean.kind
     ]
     return sorted(found, key=lambda item: item["similarity"], reverse=True)[:limit]
-
-
-def _mean(prompt: SoftPrompt) -> torch.Tensor:
-    """Over the virtual tokens, flat."""
-    return prompt.tensor.mean(dim=0 if prompt.kind == "embedding" else 3).flatten()

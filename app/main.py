@@ -21,6 +21,7 @@ from app.access import Access
 from app.api import aliases, audit, classify, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
 from app.api.access import authorise
+from app.api.concurrency import Threads
 from app.api.cors import Cors
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
@@ -73,12 +74,15 @@ def create_app(
     def collect() -> None:
         registry.collect(retention=settings.deleted_retention)
 
+    def sweep() -> None:
+        registry.sweep(retention=settings.deleted_retention)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
         chores = [
             asyncio.create_task(_repeat(REFRESH_INTERVAL, registry.refresh, "refreshed")),
             asyncio.create_task(_repeat(COLLECT_INTERVAL, collect, "collected")),
-            asyncio.create_task(_repeat(SWEEP_INTERVAL, registry.sweep, "swept")),
+            asyncio.create_task(_repeat(SWEEP_INTERVAL, sweep, "swept")),
         ]
         try:
             async with access.running():
@@ -168,9 +172,10 @@ def _check_exposure(settings: Settings, access: Access) -> None:
 
 
 async def _repeat(interval: float, chore: Callable[[], object], done: str) -> None:
+    thread = Threads(1)  # its own, so that a disk that hangs holds up nothing else
     while True:
         try:
-            await anyio.to_thread.run_sync(chore)
+            await thread.run(chore)
         except Exception:
             log.exception("the registry could not be %s; what is in memory is served on", done)
         await asyncio.sleep(interval)

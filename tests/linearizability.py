@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from app.registry.task import MAX_STEPS_BACK
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -97,37 +99,76 @@ def _unlift(event: _Event) -> None:
             one.after.before = one
 
 
-# The registry as a sequential object: (live versions, aliases as (name, version, etag)), both frozen sets.
-EMPTY = (frozenset[int](), frozenset[tuple[str, int, int]]())
+# The registry as a sequential object: (live versions, aliases as (name, versions, etag), deleted versions, what each
+# alias was as (name, tuple of its versions, the last first)), all frozen sets. A read shows the first three.
+EMPTY = (
+    frozenset[int](),
+    frozenset[tuple[str, tuple[int, ...], int]](),
+    frozenset[int](),
+    frozenset[tuple[str, tuple[tuple[int, ...], ...]]](),
+)
 
 
 def task_step(state: Any, operation: Operation) -> Hashable | None:
-    """publish(alias) -> (version, etag), move(alias, version, expected) -> etag, delete(version) -> True,
-    read() -> state.
+    """publish(alias) -> (version, etag), move and split(alias, versions, expected) -> etag,
+    roll_back(alias, expected) -> etag, delete, restore and collect(version) -> True, read() -> state.
 
     The result of what is refused is None.
     """
-    versions, aliases = state
-    named = {name: (version, etag) for name, version, etag in aliases}
+    versions, aliases, deleted, pasts = state
+    named = {name: (target, etag) for name, target, etag in aliases}
+    past = dict(pasts)
     refused = operation.result is None
+    if operation.name in ("publish", "move", "split", "roll_back") and not refused and operation.arguments[0]:
+        # Etags only grow. Without that, what an alias was would differ by the order of publications that overlap, and
+        # there would be more states than can be searched.
+        etag = operation.result[1] if operation.name == "publish" else operation.result
+        if etag <= named.get(operation.arguments[0], ((), 0))[1]:
+            return None
+
+    def point(alias: str, target: tuple[int, ...], etag: int) -> None:
+        if alias in named and named[alias][0] != target:
+            past[alias] = (named[alias][0], *past.get(alias, ()))[:MAX_STEPS_BACK]
+        named[alias] = (target, etag)
+
     match operation.name, operation.arguments:
         case "read", ():
-            return state if operation.result == state else None
+            return state if operation.result == state[:3] else None
         case "publish", (alias,):
             version, etag = operation.result
-            if version in versions:
+            if version in versions or version in deleted:
                 return None
             if alias is not None:
-                named[alias] = (version, etag)
+                point(alias, (version,), etag)
             versions = versions | {version}
-        case "move", (alias, version, expected):
-            possible = version in versions and (named[alias][1] if alias in named else None) == expected
+        case "move" | "split", (alias, target, expected):
+            possible = versions.issuperset(target) and (named[alias][1] if alias in named else None) == expected
             if refused or not possible:
                 return state if refused and not possible else None
-            named[alias] = (version, operation.result)
+            point(alias, tuple(target), operation.result)
+        case "roll_back", (alias, expected):
+            back = past.get(alias, ())
+            possible = alias in named and named[alias][1] == expected and back and versions.issuperset(back[0])
+            if refused or not possible:
+                return state if refused and not possible else None
+            named[alias], past[alias] = (back[0], operation.result), back[1:]
         case "delete", (version,):
-            possible = version in versions and version not in {version for version, _ in named.values()}
+            possible = version in versions and not any(version in target for target, _ in named.values())
             if refused or not possible:
                 return state if refused and not possible else None
-            versions = versions - {version}
-    return versions, frozenset((name, *where) for name, where in named.items())
+            versions, deleted = versions - {version}, deleted | {version}
+        case "restore", (version,):
+            if refused or version not in deleted:
+                return state if refused and version not in deleted else None
+            versions, deleted = versions | {version}, deleted - {version}
+        case "collect", (version,):
+            # Two that are at it at once may both say so.
+            if version in versions:
+                return None
+            deleted = deleted - {version}
+    return (
+        versions,
+        frozenset((name, *where) for name, where in named.items()),
+        deleted,
+        frozenset(past.items()),
+    )

@@ -26,6 +26,10 @@ from tests.interposed_files import Interposed, Killing
 from tests.registry_steps import STEPS, content, open_registry
 
 TASKS = ("t0", "t1")
+LEFTOVER_GRACE = 3.0  # seconds: longer than an upload takes here, shorter than a run of `mix`
+# What `mix` does, and how often.
+KINDS = {"publish": 1.0, "move": 2.0, "split": 1.0, "roll_back": 2.0, "delete": 2.0, "restore": 2.0, "read": 2.0}
+KINDS |= {"collect": 0.2, "sweep": 0.2}
 
 
 def say(line: dict[str, Any]) -> None:
@@ -100,8 +104,8 @@ class Worker:
         state = self._registry._index._snapshot.states.get(task) or TaskState.empty(task)
         alias, version = self._choose.choice("ab"), self._choose.choice([*state.task.versions, 1])
         known = state.task.aliases.get(alias)
-        kinds = ("publish", "move", "move", "move", "delete", "read", "read")
-        kind = self._choose.choices((*kinds, "sweep"), (*[1] * len(kinds), 0.1))[0]
+        etag = known.etag if known else None
+        kind = self._choose.choices(list(KINDS), list(KINDS.values()))[0]
         arguments: tuple[Any, ...] = ()
         result: Any = None
         called = time.monotonic_ns()
@@ -113,20 +117,42 @@ class Worker:
                     published = self._registry.publish(task, made, alias=arguments[0], actor=actor)
                     result = published.version.number, published.alias and published.alias.etag
                 case "move":
-                    arguments = (alias, version, known.etag if known else None)
-                    result = self._registry.move_alias(task, alias, version, expected=arguments[2], actor=actor).etag
+                    arguments = (alias, [version], etag)
+                    result = self._registry.move_alias(task, alias, version, expected=etag, actor=actor).etag
+                case "split":
+                    versions = sorted({version, self._choose.choice([*state.task.versions, 1])})
+                    arguments = (alias, versions, etag)
+                    weights = dict.fromkeys(versions, 1.0)
+                    result = self._registry.move_alias(task, alias, weights, expected=etag, actor=actor).etag
+                case "roll_back":
+                    arguments = (alias, etag or 0)
+                    result = self._registry.roll_back_alias(task, alias, expected=etag or 0, actor=actor).etag
                 case "delete":
                     arguments = (version,)
                     self._registry.delete_version(task, version, actor=actor)
                     result = True
+                case "restore":
+                    arguments = (self._choose.choice([*state.deleted, version]),)
+                    self._registry.restore_version(task, arguments[0], actor=actor)
+                    result = True
                 case "read":
-                    seen = self._registry._index.catch_up(task).task
-                    result = [*seen.versions], [(a.name, a.version, a.etag) for a in seen.aliases.values()]
+                    seen = self._registry._index.catch_up(task)
+                    aliases = [(a.name, sorted(a.target.numbers), a.etag) for a in seen.task.aliases.values()]
+                    result = [*seen.task.versions], aliases, [*seen.deleted]
+                case "collect":
+                    # Of every task: each version is an operation of its own.
+                    for reference in self._registry.collect(retention=0):
+                        of, _, number = reference.partition(":")
+                        self._note(of, "collector", called, kind, (int(number),), True)
+                    return
                 case "sweep":
-                    self._registry.sweep()
+                    self._registry.sweep(grace=LEFTOVER_GRACE)
                     return
         except (PreconditionFailed, ReferenceNotFound):
             pass
+        self._note(task, actor, called, kind, arguments, result)
+
+    def _note(self, task: str, actor: str, called: int, kind: str, arguments: tuple[Any, ...], result: Any) -> None:
         ended = time.monotonic_ns()
         self.history.append(
             {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -10,12 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from app.registry import Registry, Store
+from app.registry import Registry, Store, Version
 from app.registry.durable import FileSystem
+from app.registry.log import sha256
 from tests.checkpoints import BASE, checkpoint
 from tests.interposed_files import Interposed
 
-State = dict[str, tuple[frozenset[str], dict[str, str]]]  # task -> digests of versions, alias -> digest
+# task -> digests of versions, alias -> digest, digest of a version that can be restored -> whether its files are there
+State = dict[str, tuple[frozenset[str], dict[str, str], dict[str, bool]]]
 
 content = cache(checkpoint)
 
@@ -25,6 +26,7 @@ class Step:
     name: str
     run: Callable[[Registry], object]
     again: bool = True  # whether it may be done twice
+    quiet: bool = False  # whether it logs its failures, and so says nothing by returning
 
 
 def _move(registry: Registry) -> None:
@@ -61,10 +63,10 @@ STEPS = (
     Step("delete-version", _delete, again=False),
     Step("restore-version", _restore, again=False),
     Step("delete-restored", _delete, again=False),
+    Step("collect", lambda registry: registry.collect(retention=0), again=False, quiet=True),
     Step("publish-other", lambda registry: registry.publish("u", content(4))),
     Step("delete-task", lambda registry: registry.delete_task("u"), again=False),
-    Step("collect", lambda registry: registry.collect(retention=0)),
-    Step("sweep", lambda registry: registry.sweep(grace=-1e9)),
+    Step("sweep", lambda registry: registry.sweep(grace=-1e9), quiet=True),
 )
 
 
@@ -75,11 +77,21 @@ def open_registry(root: Path, fs: FileSystem | None = None) -> Registry:
 def describe(registry: Registry) -> State:
     """Without numbers, which a retry may skip."""
     found: State = {}
-    for task in registry.tasks():
+    for state in registry._index.states():
+        task = state.task
         digests = {number: version.digest for number, version in task.versions.items()}
         aliases = {alias.name: digests[alias.version] for alias in task.aliases.values()}
-        found[task.name] = (frozenset(digests.values()), aliases)
+        deleted = {item.version.digest: _is_whole(registry, item.version) for item in state.deleted.values()}
+        if digests or deleted:
+            found[task.name] = (frozenset(digests.values()), aliases, deleted)
     return found
+
+
+def _is_whole(registry: Registry, version: Version) -> bool:
+    """Whether the files are what was published, past the file system that the test has made to fail."""
+    folder = registry._store._versions(version.task) / str(version.number)
+    found = {name: sha256((folder / name).read_bytes()) for name in version.files if (folder / name).exists()}
+    return found == version.files
 
 
 def recover(root: Path) -> Registry:
@@ -93,29 +105,36 @@ def recover(root: Path) -> Registry:
 
 def check_whole(registry: Registry) -> None:
     assert not registry._index._snapshot.problems
-    for task in registry.tasks():
-        for version in task.versions.values():
+    for state in registry._index.states():
+        for version in state.task.versions.values():
             for name in version.files:
-                registry.read_file(task.name, version.number, name)
-        registry.pin(version.reference).release()
+                registry.read_file(version.task, version.number, name)
+            registry.pin(version.reference).release()
+        for deleted in state.deleted.values():
+            assert _is_whole(registry, deleted.version), f"{deleted.version.reference} could not be restored"
 
 
-def retry(step: Step, registry: Registry, before: State) -> None:
-    if step.again or describe(registry) == before:
+def retry(step: Step, registry: Registry, before: State) -> bool:
+    """Whether there was anything to do."""
+    wanted = step.again or describe(registry) == before
+    if wanted:
         step.run(registry)
+    return wanted
 
 
 def leftovers(root: Path) -> list[str]:
-    """What the log does not want; files of deleted versions are wanted until they are collected."""
+    """What the log does not want; files of deleted versions are wanted until they are collected.
+
+    Where there is no log, it is nobody's to say what looks like a version.
+    """
     found = []
     registry = open_registry(root)
     for task in registry._store.tasks():
         state = registry._index.catch_up(task)
-        numbers = {*state.task.versions, *state.deleted}
-        for folder in ("versions", "log"):
-            for name in os.listdir(root / task / folder) if (root / task / folder).exists() else []:
-                if name.startswith(".tmp-") or (folder == "versions" and int(name) not in numbers):
-                    found.append(f"{task}/{folder}/{name}")
+        found += [f"{task}/{path.parent.name}/{path.name}" for path in (root / task).glob("*/.tmp-*")]
+        if state.head.seq:
+            unwanted = registry._store.numbers(task) - state.task.versions.keys() - state.deleted.keys()
+            found += [f"{task}/versions/{number}" for number in unwanted]
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
-from app.inspection import similar, virtual_tokens
+from app.inspection import Mean, similar, virtual_tokens
 from app.soft_prompt import SoftPrompt
 from tests.api_harness import NUM_VIRTUAL_TOKENS, Harness, files
 
@@ -48,7 +48,7 @@ def put(client: TestClient, body: dict[str, Any], path: str = PROD) -> Any:
     return client.put(path, json=body, headers=headers)
 
 
-def test_a_canary_is_shown_and_chosen_by_user(client: TestClient) -> None:
+def test_a_canary_is_shown_and_chosen_by_user(harness: Harness, client: TestClient) -> None:
     assert ok(put(client, {"weights": {"1": 3, "2": 1}}), 201) == {
         "task": "a",
         "alias": "prod",
@@ -58,7 +58,10 @@ def test_a_canary_is_shown_and_chosen_by_user(client: TestClient) -> None:
     assert ok(client.get(PROD))["weights"] == {"1": 0.75, "2": 0.25}
     assert ok(client.get("/v1/tasks/a"))["aliases"] == {"latest": 2, "prod": 1}
     assert ok(client.get("/v1/tasks/a/versions/2"))["aliases"] == ["latest", "prod"]
-    assert ok(client.get("/v1/models/a@prod", params={}))["version"] in (1, 2)
+    # A model that is asked for by a canary is drawn as for a request, and whole.
+    entries = [ok(client.get("/v1/models/a@prod")) for _ in range(60)]
+    shown = {(entry["version"], entry["digest"]) for entry in entries}
+    assert shown == {(number, harness.registry.version("a", number).digest) for number in (1, 2)}
     assert code(client.delete("/v1/tasks/a/versions/1")) == (412, "precondition_failed")
     routes = [("/v1/generate", {"max_tokens": 1}), ("/v1/classify", {})]
     for path, fields in routes:
@@ -167,9 +170,10 @@ def test_similar_is_the_cosine_of_means_within_a_kind() -> None:
     def prompt(rows: Any, kind: Any = "embedding") -> SoftPrompt:
         return SoftPrompt(kind, torch.tensor(rows), "sha256:" + "0" * 64)
 
-    one = prompt([[1.0, 0.0], [3.0, 0.0]])
-    keys = SoftPrompt("kv", torch.ones(1, 2, 1, 2, 2), "sha256:" + "1" * 64)
-    others = [("far", prompt([[-1.0, 0.0]])), ("near", prompt([[2.0, 2.0], [4.0, 4.0]])), ("kv", keys)]
+    one = Mean.of(prompt([[1.0, 0.0], [3.0, 0.0]]))
+    keys = Mean.of(SoftPrompt("kv", torch.ones(1, 2, 1, 2, 2), "sha256:" + "1" * 64))
+    far, near = Mean.of(prompt([[-1.0, 0.0]])), Mean.of(prompt([[2.0, 2.0], [4.0, 4.0]]))
+    others = [("far", far), ("near", near), ("kv", keys)]
     found = similar(one, others, limit=5)
     assert found == [{"reference": "near", "similarity": 0.707107}, {"reference": "far", "similarity": -1.0}]
     assert similar(one, others, limit=1) == found[:1]

@@ -43,11 +43,46 @@ def operations(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def test_trouble_of_the_registry_is_a_detail_of_readiness(tmp_path: Path) -> None:
+    """And names no task: everybody may ask."""
+    root = tmp_path / "prompts"
+    harness = Harness.create(root)
+    for task in ("alpha", "beta", "gamma"):
+        harness.publish(task)
+
+    def found(client: TestClient) -> str:
+        harness.registry.refresh()
+        assert client.get("/readyz").json() == {"status": "ready"}
+        reply = client.get("/readyz?verbose")
+        assert reply.status_code == 200
+        registry: str = reply.json()["checks"]["registry"]
+        return registry
+
+    def status(client: TestClient) -> int:
+        return client.post("/v1/generate", json={"task": "alpha", "input": "x"}).status_code
+
+    with harness.client() as client:
+        assert found(client) == "ok"
+        for task in ("alpha", "beta"):
+            (root / task / "log/00000002.json").write_bytes(b"{")
+        assert found(client) == "2 tasks whose log cannot be used"
+        for task in ("alpha", "beta"):
+            (root / task / "log/00000002.json").unlink()
+        assert found(client) == "ok"
+        root.rename(tmp_path / "aside")
+        assert found(client) == "not refreshed: the registry's storage failed: No such file or directory"
+        root.mkdir()  # where something was mounted
+        assert found(client) == "3 tasks whose log cannot be used" and status(client) == 503
+        root.rmdir()
+        (tmp_path / "aside").rename(root)
+        assert found(client) == "ok" and status(client) == 200
+
+
 @pytest.mark.parametrize("path", ["/readyz", "/health"])
 def test_readiness(harness: Harness, client: TestClient, path: str) -> None:
     assert client.get(path).json() == {"status": "ready"}
     checks = client.get(f"{path}?verbose").json()["checks"]
-    assert checks == {"server": "ok", "engine": "ok"}
+    assert checks == {"server": "ok", "engine": "ok", "registry": "ok"}
     harness.engine.seconds_since_progress = 5.0
     try:
         reply = client.get(path)

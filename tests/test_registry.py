@@ -22,8 +22,8 @@ from app.errors import (
     ReferenceNotFound,
 )
 from app.manifest import Defaults, ManifestInput
-from app.registry import Alias, Registry, Store, Target
-from app.registry import registry as registry_module
+from app.registry import Alias, Registry, Store, Target, Version
+from app.registry import files as files_module
 from app.soft_prompt import BaseInfo, SoftPrompt
 from tests.checkpoints import BASE, TENSORS_FILE, checkpoint, log_entries
 
@@ -246,7 +246,7 @@ def test_concurrent_first_requests_read_once_and_block_no_other_version(
             assert go.wait(60)
         return read_checkpoint(config, tensors, manifest, base)
 
-    monkeypatch.setattr(registry_module, "read_checkpoint", read)
+    monkeypatch.setattr(files_module, "read_checkpoint", read)
     prompts: list[SoftPrompt] = []
     with ThreadPoolExecutor(64) as threads:
         waiting = [threads.submit(registry.pin, "slow") for _ in range(64)]
@@ -276,6 +276,27 @@ def test_host_memory_keeps_what_was_used_last(root: Path, reads: list[str]) -> N
     assert registry._prompts._bytes == size
     none_kept = Registry(Store(root), BASE, host_cache_bytes=0)
     assert none_kept.pin("t:2").prompt is not none_kept.pin("t:2").prompt
+
+
+def test_a_pin_that_is_overtaken_by_a_deletion_leaves_nothing_in_memory(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resolved before, loaded after: its files are still there."""
+    registry.publish("t", checkpoint(1), alias=None)
+    registry.publish("t", checkpoint(2), alias=None)
+    resolve = registry.resolve
+
+    def resolve_and_delete(reference: str, *, user: str | None = None) -> Version:
+        version = resolve(reference, user=user)
+        registry.delete_version("t", 1)
+        return version
+
+    monkeypatch.setattr(registry, "resolve", resolve_and_delete)
+    pin = registry.pin("t:1")
+    assert torch.all(pin.prompt.tensor == 1) and registry._prompts._bytes == 0
+    monkeypatch.undo()
+    registry.pin("t:2").release()
+    assert registry._prompts._bytes == pin.prompt.num_bytes
 
 
 def test_another_base_model_lists_versions_and_says_why_they_do_not_fit(registry: Registry, root: Path) -> None:

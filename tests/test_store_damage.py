@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE
-from app.errors import PromptCorrupt, ReferenceNotFound
-from app.registry import Registry
+from app.errors import NotReady, PromptCorrupt, ReferenceNotFound
+from app.registry import Registry, log
 from tests.checkpoints import checkpoint
+from tests.interposed_files import Interposed
 from tests.registry_steps import describe, leftovers, open_registry
 
 FILES = (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE)
@@ -80,12 +83,43 @@ def test_every_damage_of_a_log_entry_is_noticed_and_costs_that_task(registry: Re
         with pytest.raises(PromptCorrupt):
             call("bad")
     fresh.pin("good").release()
-    # Who knew the task before serves it on, and nothing of it is swept.
+    # Whoever has read these entries before serves the task on, and nothing of it is swept.
+    registry.refresh()
     assert registry.pin("bad:3").version.number == 3
     fresh.sweep(grace=-1e9)
     path.write_bytes(data)
     fresh.refresh()
     assert describe(fresh) == served
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "of a later release"])
+def test_a_new_entry_that_cannot_be_used_costs_who_serves_the_task_nothing(
+    registry: Registry, root: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    head = registry._index.state("bad").head
+    other = open_registry(root)
+    other.publish("bad", checkpoint(4))
+    path = root / "bad/log/00000004.json"
+    data = path.read_bytes()
+    line = {"seq": 4, "prev": head.digest, "op": "new", "payload": {}, "actor": "x", "time": log.now()}
+    bad = {"flipped": data.replace(b"publish", b"pvblish"), "cut": data[:-1], "of a later release": log._sealed(line)}
+    path.write_bytes(bad[damage])
+    served = describe(registry)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            registry.refresh()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the log of the task bad cannot be used: entry 4 is damaged"
+    ]
+    assert describe(registry) == served and registry.pin("bad").version.number == 3
+    for write in (lambda: registry.publish("bad", checkpoint(5)), lambda: registry.delete_version("bad", 1)):
+        with pytest.raises(PromptCorrupt):
+            write()
+    with pytest.raises(PromptCorrupt):
+        open_registry(root).pin("bad")
+    path.write_bytes(data)
+    registry.refresh()
+    assert describe(registry) == describe(other) and registry.pin("bad").version.number == 4
 
 
 def test_swapped_versions_and_entries_are_noticed(registry: Registry, root: Path) -> None:
@@ -152,6 +186,22 @@ def test_an_upload_mends_and_the_damage_stays_for_the_operator(registry: Registr
     assert path.read_bytes() == b"damaged"
     with pytest.raises(PromptCorrupt):
         registry.pin("bad:3")
+
+
+def test_an_upload_mends_a_file_that_cannot_be_read(root: Path) -> None:
+    class Bad(Interposed):
+        def around(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+            if name == "read" and str(args[0]).endswith(f"versions/1/{TENSORS_FILE}"):
+                raise OSError(errno.EIO, "Input/output error")
+            return super().around(name, call, *args)
+
+    registry = open_registry(root, Bad())
+    registry.publish("bad", checkpoint(1))
+    with pytest.raises(NotReady):
+        registry.pin("bad")
+    published = registry.publish("bad", checkpoint(1))
+    assert published.created and registry.pin("bad").version.number == 2
+    assert not registry.publish("bad", checkpoint(1)).created
 
 
 def test_a_task_in_memory_is_served_on_when_its_files_are_damaged(registry: Registry, root: Path) -> None:
@@ -247,12 +297,12 @@ def test_a_sweep_follows_no_link(littered: Registry, root: Path, memory_path: Pa
 
 def test_a_task_with_a_damaged_log_or_without_one_is_not_swept(littered: Registry, root: Path) -> None:
     littered.refresh()
-    log = root / "bad/log/00000002.json"
-    data = log.read_bytes()
-    log.write_bytes(data[:-1])
+    entry = root / "bad/log/00000002.json"
+    data = entry.read_bytes()
+    entry.write_bytes(data[:-1])
     fresh = open_registry(root)
     assert fresh.sweep(grace=-1e9) == 0
-    log.write_bytes(data)
+    entry.write_bytes(data)
     (root / "bad/log").rename(root / "aside")
     assert open_registry(root).sweep(grace=-1e9) == 0
     (root / "aside").rename(root / "bad/log")

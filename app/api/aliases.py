@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
-from app.api.paging import After, Limit, paged
-from app.api.preconditions import etag, expected_etag
+from app.api.paging import After, Limit, after_number, paged
+from app.api.preconditions import etag, expected_etags
 from app.api.registry_schemas import AliasReply, AliasRequest, Deleted, HistoryEntry
 from app.api.schemas import Page
-from app.errors import InvalidRequest, PreconditionRequired
-from app.registry import Alias, Entry, Registry
+from app.errors import PreconditionRequired
+from app.registry import Alias, Entry
 from app.registry.reference import not_found
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/tasks/{task}", tags=["registry"])
@@ -54,10 +53,9 @@ async def put_alias(
 
     Send If-Match with its ETag, or If-None-Match: * for a new alias.
     """
-    current = state.registry.task(task).aliases.get(alias)
-    expected = expected_etag(request, current.etag if current else None)
+    expected = expected_etags(request)
     versions = {int(number): weight for number, weight in (body.weights or {}).items()} or body.version or 0
-    moved = await anyio.to_thread.run_sync(
+    moved = await state.storing.run(
         partial(state.registry.move_alias, task, alias, versions, expected=expected, actor=caller.actor)
     )
     return _alias_reply(task, moved, created=expected is None)
@@ -66,29 +64,24 @@ async def put_alias(
 @router.delete("/aliases/{alias}", response_model=Deleted)
 async def delete_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Any:
     """Remove an alias, by compare-and-swap: If-Match. The versions it names stay."""
-    expected = _seen_etag(state.registry, task, alias, request)
-    await anyio.to_thread.run_sync(
-        partial(state.registry.remove_alias, task, alias, expected=expected, actor=caller.actor)
-    )
+    expected = _if_match(request)
+    await state.storing.run(partial(state.registry.remove_alias, task, alias, expected=expected, actor=caller.actor))
     return {"id": f"{task}@{alias}", "object": "alias", "deleted": True}
 
 
 @router.post("/aliases/{alias}:rollback", response_model=AliasReply)
 async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Response:
     """Point an alias at what it was before its last move, by compare-and-swap: If-Match. Again goes a step further."""
-    expected = _seen_etag(state.registry, task, alias, request)
-    moved = await anyio.to_thread.run_sync(
+    expected = _if_match(request)
+    moved = await state.storing.run(
         partial(state.registry.roll_back_alias, task, alias, expected=expected, actor=caller.actor)
     )
     return _alias_reply(task, moved)
 
 
-def _seen_etag(registry: Registry, task: str, alias: str, request: Request) -> int:
-    """The etag of an alias that must exist and that If-Match names."""
-    current = registry.task(task).aliases.get(alias)
-    if current is None:
-        raise not_found()
-    expected = expected_etag(request, current.etag)
+def _if_match(request: Request) -> Container[int]:
+    """For what only an alias that exists can be asked."""
+    expected = expected_etags(request)
     if expected is None:
         raise PreconditionRequired("send If-Match with the etag of the alias")
     return expected
@@ -97,10 +90,8 @@ def _seen_etag(registry: Registry, task: str, alias: str, request: Request) -> i
 @router.get("/history", response_model=Page[HistoryEntry])
 async def get_history(task: str, state: StateDep, limit: Limit = 100, after: After = None) -> Any:
     """Who changed what and when, the newest first; with `after`, what came before that change."""
-    if after is not None and not (after.isdecimal() and after.isascii() and len(after) < 10):
-        raise InvalidRequest("after: must be the number of a change", param="after")
-    before = None if after is None else int(after)
-    entries = await anyio.to_thread.run_sync(partial(state.registry.history, task, before=before, limit=limit + 1))
+    before = after_number(after, "change")
+    entries = await state.storing.run(partial(state.registry.history, task, before=before, limit=limit + 1))
     return paged([_change_reply(entry) for entry in entries], limit)
 
 

@@ -16,6 +16,17 @@ from app.errors import Overloaded
 T = TypeVar("T")
 
 
+class Threads:
+    """Threads of their own for work that may be held up, by a disk or a lock, so that it holds up nothing else."""
+
+    def __init__(self, number: int) -> None:
+        self._limiter = anyio.CapacityLimiter(number)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """As soon as one is free, first come, first served."""
+        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+
+
 class Room:
     """A thread for work that may take seconds, so that it takes none of those that every request needs."""
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.access import Access
-from app.api.concurrency import Room
+from app.api.concurrency import Room, Threads
 from app.api.door import Door
 from app.api.logprobs import TokenTexts
 from app.api.places import Places
@@ -18,11 +18,15 @@ from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
 from app.engine.in_flight import InFlight
+from app.inspection import Means
 from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
 MAX_WAITING_SCHEMAS = 16  # one is compiled at a time, which may take a second or two
 MAX_UPLOADS = 8  # at once; each may hold its file in memory twice
+MAX_WAITING_INSPECTIONS = 8  # one is made at a time, which may take some seconds
+STORE_THREADS = 8  # writes of one process wait for each other anyway
+LOAD_THREADS = 32  # several requests may wait for the same prompt
 
 
 @dataclass
@@ -55,6 +59,11 @@ class State:
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
     uploads: Places = field(default_factory=lambda: Places(MAX_UPLOADS, "uploads"), init=False)
+    inspecting: Room = field(default_factory=lambda: Room(MAX_WAITING_INSPECTIONS, "inspections"), init=False)
+    # NOTE: not the threads that tokenise: a prompt that is in memory must need none that a disk holds up.
+    storing: Threads = field(default_factory=lambda: Threads(STORE_THREADS), init=False)
+    loading: Threads = field(default_factory=lambda: Threads(LOAD_THREADS), init=False)
+    means: Means = field(default_factory=Means, init=False)
 
     @cached_property
     def door(self) -> Door:

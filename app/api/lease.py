@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
-import anyio.to_thread
-
 from app.access import Caller
 from app.api.deps import State
 from app.api.visible import check_reference
@@ -103,12 +101,14 @@ async def leased(
         for reference in task if isinstance(task, list) else [task]:
             check_reference(caller, reference, state.base.info.name)
             named = reference if reference != state.base.info.name else None
-            # NOTE: only for the room behind it; what counts is what the pin resolves to.
-            leave = state.door.enter(None if named is None else state.registry.resolve(named, user=user).digest)
+            version = None if named is None else state.registry.resolve(named, user=user)
+            leave = state.door.enter(None if version is None else version.digest)
             give_back.append(leave)
             pin = None
-            if named is not None:
-                pin = await anyio.to_thread.run_sync(partial(state.registry.pin, named, user=user))
+            if named is not None and version is not None:
+                pin = state.registry.pin_in_memory(version)
+                # Only what has to be read needs a thread, and then none of those that every request needs.
+                pin = pin or await state.loading.run(partial(state.registry.pin, named, user=user, drawn=version))
             leases.append(Lease(pin, leave))
             give_back.append(leases[-1].share())
         # NOTE: not their digests, because versions of two tasks may have the same bytes.

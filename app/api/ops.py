@@ -31,7 +31,10 @@ async def readyz(state: StateDep, verbose: Verbose = None) -> dict[str, Any]:
     failing = [f"{name}: {found}" for name, found in checks.items() if found != "ok"]
     if failing:
         raise NotReady("; ".join(failing))
-    return {"status": "ready"} if verbose is None else {"status": "ready", "checks": checks}
+    if verbose is None:
+        return {"status": "ready"}
+    # A detail: what is in memory is served on, and no other server on the same folder would be better off.
+    return {"status": "ready", "checks": checks | {"registry": state.registry.trouble() or "ok"}}
 
 
 @router.get("/version")

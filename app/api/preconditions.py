@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from fastapi import Request
 
-from app.errors import InvalidRequest, PreconditionFailed, PreconditionRequired
+from app.errors import InvalidRequest, PreconditionRequired
+from app.registry import ANY_ETAG
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _LIST = re.compile(rf"{_TAG}(?:[ \t]*,[ \t]*{_TAG})*")
+_NUMBER = re.compile(r'"([1-9][0-9]{0,17})"')
 
 
 def etag(value: object) -> str:
@@ -26,11 +29,11 @@ def is_unchanged(request: Request, current: str) -> bool:
     return header.strip() == "*" or current in (tag.removeprefix("W/") for tag in _tags(header))
 
 
-def expected_etag(request: Request, current: int | None) -> int | None:
-    """What a write may replace: the etag in If-Match, or None (nothing) for `If-None-Match: *`.
+def expected_etags(request: Request) -> Container[int] | None:
+    """What a write may replace: the etags in If-Match, or None (nothing) for `If-None-Match: *`.
 
-    `current` is the etag as it stands, None if there is nothing yet; the write itself must compare again.
-    Raises PreconditionRequired without a header, PreconditionFailed for a stale one, InvalidRequest for a bad one.
+    The write itself compares, with what is there then. Raises PreconditionRequired without a header and InvalidRequest
+    for a bad one.
     """
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match")
     if match is None and none_match is None:
@@ -41,10 +44,11 @@ def expected_etag(request: Request, current: int | None) -> int | None:
         if none_match != "*":
             raise InvalidRequest("If-None-Match must be *")
         return None
-    # The comparison is strong: a weak tag matches nothing.
-    if current is None or (match.strip() != "*" and etag(current) not in _tags(match)):
-        raise PreconditionFailed("If-Match names no current etag")
-    return current
+    if match.strip() == "*":
+        return ANY_ETAG
+    # The comparison is strong: a weak tag matches nothing, nor does one that we would not write.
+    found = [_NUMBER.fullmatch(tag) for tag in _tags(match)]
+    return frozenset(int(number[1]) for number in found if number)
 
 
 def _tags(header: str) -> list[str]:

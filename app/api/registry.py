@@ -6,14 +6,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
-from app.api.paging import After, Limit, paged
+from app.api.paging import After, Limit, after_number, paged
 from app.api.preconditions import etag, is_unchanged
 from app.api.registry_schemas import Deleted, PublishReply, TaskReply, VersionReply
 from app.api.schemas import Page
@@ -71,9 +70,8 @@ async def get_task(task: str, state: StateDep) -> Any:
 async def delete_task(task: str, state: StateDep, caller: CallerDep) -> Any:
     """Delete a task and all its versions; each can be restored. Refused with 412 while an alias besides `latest` is
     there."""
-    versions = list(state.registry.task(task).versions.values())
-    await anyio.to_thread.run_sync(partial(state.registry.delete_task, task, actor=caller.actor))
-    for version in versions:
+    deleted = await state.storing.run(partial(state.registry.delete_task, task, actor=caller.actor))
+    for version in deleted:
         await _unload(state.engine, version)
     return {"id": task, "object": "task", "deleted": True}
 
@@ -93,12 +91,11 @@ async def list_versions(
         found = {item.version: item.deleted_at for item in state.registry.deleted_versions(task)}
     else:
         found = dict.fromkeys(state.registry.task(task).versions.values())
-    if after is not None and after not in {str(version.number) for version in found}:
-        raise not_found()
+    above = after_number(after, "version") or 0
     versions = [
         _version_reply(version, state.registry, deleted_at)
         for version, deleted_at in found.items()
-        if (after is None or version.number > int(after)) and _has_tag(version, tag)
+        if version.number > above and _has_tag(version, tag)
     ]
     return paged(versions, limit)
 
@@ -125,10 +122,10 @@ async def publish_version(
         if alias != DEFAULT_ALIAS:
             caller.check_scope("aliases:write")
     upload = await read_upload(request, state.settings.max_upload_bytes)
-    checkpoint = await anyio.to_thread.run_sync(_check, upload, state.base.info)
+    checkpoint = await state.storing.run(partial(_check, upload, state.base.info))
     await _try_out(state.engine, checkpoint.prompt)
     publish = partial(state.registry.publish, task, checkpoint, alias=alias or None, actor=caller.actor)
-    published = await anyio.to_thread.run_sync(publish)
+    published = await state.storing.run(publish)
     version = published.version
     reply = {**_version_reply(version, state.registry), "warnings": list(published.warnings)}
     headers = {"Location": f"/v1/tasks/{task}/versions/{version.number}", "ETag": etag(version.digest)}
@@ -141,12 +138,17 @@ async def get_version(version: VersionDep, state: StateDep) -> Any:
 
 
 @router.delete("/{task}/versions/{version}", response_model=Deleted)
-async def delete_version(version: VersionDep, state: StateDep, caller: CallerDep) -> Any:
+async def delete_version(
+    task: str,
+    version: Annotated[str, Path(description="A version number")],
+    state: StateDep,
+    caller: CallerDep,
+) -> Any:
     """Delete a version; requests that use it finish, and it can be restored. 412 while an alias names it."""
-    delete = partial(state.registry.delete_version, version.task, version.number, actor=caller.actor)
-    await anyio.to_thread.run_sync(delete)
-    await _unload(state.engine, version)
-    return {"id": version.reference, "object": "version", "deleted": True}
+    delete = partial(state.registry.delete_version, task, _number(task, version), actor=caller.actor)
+    deleted = await state.storing.run(delete)
+    await _unload(state.engine, deleted)
+    return {"id": deleted.reference, "object": "version", "deleted": True}
 
 
 @router.post("/{task}/versions/{version}:restore", response_model=VersionReply)
@@ -157,10 +159,8 @@ async def restore_version(
     caller: CallerDep,
 ) -> Any:
     """Undo the deletion of a version, until its files are collected. It gets no alias back."""
-    number = parse_reference(f"{task}:{version}").version
-    if number is None:
-        raise not_found()
-    restored = await anyio.to_thread.run_sync(partial(state.registry.restore_version, task, number, actor=caller.actor))
+    restore = partial(state.registry.restore_version, task, _number(task, version), actor=caller.actor)
+    restored = await state.storing.run(restore)
     return _version_reply(restored, state.registry)
 
 
@@ -179,9 +179,18 @@ async def get_file(name: str, version: VersionDep, request: Request, state: Stat
     headers = {"ETag": etag(version.files[name]), "Cache-Control": "no-cache"}
     if is_unchanged(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    data = await anyio.to_thread.run_sync(state.registry.read_file, version.task, version.number, name)
+    data = await state.storing.run(partial(state.registry.read_file, version.task, version.number, name))
     media_type = "application/json" if name.endswith(".json") else "application/octet-stream"
     return Response(data, media_type=media_type, headers=headers)
+
+
+def _number(task: str, version: str) -> int:
+    """Of a version that this process need not know of yet."""
+    # The reference is checked whole, so a malformed number is the same 404 as an unknown one.
+    number = parse_reference(f"{task}:{version}").version
+    if number is None:
+        raise not_found()
+    return number
 
 
 def _check(upload: Upload, base: BaseInfo) -> Checkpoint:

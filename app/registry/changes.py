@@ -1,11 +1,13 @@
 """What callers may ask of a task, as functions of its state: each returns the change to log, or raises.
 
 They are called again whenever another process was faster, so they decide by the state they are given alone.
-`expected` is the etag under which the caller saw an alias; None says that there must be none yet.
+`expected` is the etag under which the caller saw an alias, or several of which it has one; None says that there must
+be none yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from datetime import datetime
 
 from app.errors import PreconditionFailed
@@ -23,18 +25,28 @@ from app.registry.log import (
 from app.registry.reference import DEFAULT_ALIAS, not_found
 from app.registry.task import DeletedVersion, TaskState
 
+Etags = int | Container[int]
 
-def move_alias(state: TaskState, name: str, target: Target, expected: int | None) -> MoveAlias | SplitAlias:
+
+class _Any:
+    def __contains__(self, etag: object) -> bool:
+        return True
+
+
+ANY_ETAG: Container[int] = _Any()  # whatever the alias stands for, as long as there is one
+
+
+def move_alias(state: TaskState, name: str, target: Target, expected: Etags | None) -> MoveAlias | SplitAlias:
     if not target.numbers <= state.task.versions.keys():
         raise not_found()
-    _expect(state, name, expected)
+    _check(state.task.aliases.get(name), expected)
     if target.is_split:
         return SplitAlias(alias=name, weights=list(target.weights))
     return MoveAlias(alias=name, version=target.version)
 
 
-def roll_back_alias(state: TaskState, name: str, expected: int) -> RollBackAlias:
-    alias = _expect(state, name, expected)
+def roll_back_alias(state: TaskState, name: str, expected: Etags) -> RollBackAlias:
+    alias = _existing(state, name, expected)
     if not alias.previous:
         raise PreconditionFailed("the alias has not been anything else")
     target = alias.previous[0]
@@ -44,8 +56,8 @@ def roll_back_alias(state: TaskState, name: str, expected: int) -> RollBackAlias
     return RollBackAlias(alias=name, weights=list(target.weights))
 
 
-def remove_alias(state: TaskState, name: str, expected: int) -> RemoveAlias:
-    _expect(state, name, expected)
+def remove_alias(state: TaskState, name: str, expected: Etags) -> RemoveAlias:
+    _existing(state, name, expected)
     return RemoveAlias(alias=name)
 
 
@@ -84,10 +96,19 @@ def is_due(deleted: DeletedVersion, deleted_before: datetime) -> bool:
     return datetime.fromisoformat(deleted.deleted_at) < deleted_before
 
 
-def _expect(state: TaskState, name: str, expected: int | None) -> Alias:
+def _existing(state: TaskState, name: str, expected: Etags) -> Alias:
     alias = state.task.aliases.get(name)
-    if alias is None and expected is not None:
+    if alias is None:
+        raise not_found()
+    _check(alias, expected)
+    return alias
+
+
+def _check(alias: Alias | None, expected: Etags | None) -> None:
+    if expected is None:
+        if alias is not None:
+            raise PreconditionFailed("the alias exists already")
+    elif alias is None:
         raise PreconditionFailed("the alias is gone")
-    if alias is not None and alias.etag != expected:
-        raise PreconditionFailed("the alias exists already" if expected is None else "the alias was moved since")
-    return alias  # type: ignore[return-value]
+    elif alias.etag not in ((expected,) if isinstance(expected, int) else expected):
+        raise PreconditionFailed("the alias was moved since")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -64,6 +63,10 @@ class Index:
         """All of them, by name."""
         return [state for _, state in sorted(self._snapshot.states.items())]
 
+    def problems(self) -> Mapping[str, str]:
+        """Task -> what the last refresh found wrong with its log."""
+        return self._snapshot.problems
+
     def catch_up(self, task: str) -> TaskState:
         """The task as its log stands now, which is not behind any acknowledged write of any process."""
         with self._writing:
@@ -91,41 +94,31 @@ class Index:
     def refresh(self) -> None:
         """Catch up with every task. Costs one failing open(2) a task when there is nothing new.
 
-        A log that is damaged makes its task unavailable; one that cannot be read for another reason keeps the
-        state known before. Both are logged once. Raises NotReady if the store cannot be listed.
+        A log that is damaged, or that cannot be read, keeps the state known before, so that what was served is served
+        on; without one the task is unavailable. It is logged once, and whoever writes to the task finds out. Raises
+        NotReady if the store cannot be listed.
         """
         with self._writing:
             old = self._snapshot
             states, problems = dict(old.states), {}
-            for name in self._store.tasks():
+            names = self._store.tasks()
+            # Another registry is mounted there, or none: that looks like an empty folder.
+            missing = dict.fromkeys(states.keys() - set(names), "its folder is gone")
+            for name in names:
                 try:
                     state = self._read(name, states.get(name))
                 except ServerError as error:
                     problems[name] = error.message
-                    if isinstance(error, PromptCorrupt):
-                        states.pop(name, None)
                     if old.problems.get(name) != error.message:
                         logger.error("the log of the task %s cannot be used: %s", name, error.message)
                 else:
                     if state.head.seq:
                         states[name] = state
+            for name in missing.keys() - old.problems.keys():
+                logger.error("the task %s is served from memory: %s", name, missing[name])
+            problems |= missing
             if states != old.states or problems != old.problems:
                 self._swap(_Snapshot(states, problems))
-
-    def sweep(self, grace: float) -> int:
-        """See `Registry.sweep`."""
-        removed = 0
-        try:
-            for task in self._store.tasks():
-                try:
-                    state = self.catch_up(task)
-                    wanted = {*state.task.versions, *state.deleted}
-                    removed += self._store.sweep(task, wanted, now=time.time(), grace=grace)
-                except ServerError as error:
-                    logger.warning("the leftovers of %s stay: %s", task, error.message)
-        except ServerError as error:
-            logger.warning("the registry could not be swept: %s", error.message)
-        return removed
 
     def _catch_up(self, task: str) -> TaskState:
         known = self._snapshot.states.get(task)

@@ -51,6 +51,14 @@ class PromptCache:
         mine.set_result(prompt)
         return prompt
 
+    def find(self, key: Key, *, use: bool = True) -> SoftPrompt | None:
+        """The prompt if it is in memory, and unless `use` is false as the one used last. Waits for no load."""
+        with self._lock:
+            prompt = self._prompts.get(key)
+            if prompt is not None and use:
+                self._prompts.move_to_end(key)
+            return prompt
+
     def forget(self, key: Key) -> None:
         """Drop the prompt; one that is being loaded is not kept either."""
         with self._lock:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
+from app.checkpoint import CONFIG_FILE, MANIFEST_FILE, TENSORS_FILE, Checkpoint
 from app.errors import InvalidRequest, PromptCorrupt, ReferenceNotFound, ServerError
-from app.manifest import Manifest, ManifestInput
+from app.manifest import Manifest
 from app.registry import changes, log
 from app.registry.alias import Alias, Target
+from app.registry.cleaner import Cleaner
+from app.registry.files import Files
 from app.registry.index import Index
 from app.registry.log import Change, Entry, MoveAlias, PublishVersion
 from app.registry.pin import Pin, PinCount
@@ -57,7 +58,10 @@ class Registry:
         self._pins = PinCount()
         self._prompts = PromptCache(host_cache_bytes)
         self._quarantine = Quarantine()
+        self._unrefreshed: str | None = None  # why the last refresh failed
         self._index = Index(store, on_gone=self._forget)
+        self._cleaner = Cleaner(store, self._index, self._pins)
+        self._files = Files(store, self._index, self._quarantine, base)
 
     def tasks(self) -> list[Task]:
         """Tasks that have a version, by name."""
@@ -84,15 +88,16 @@ class Registry:
             return _version(task, alias.choose(task.name, user) if alias else None)
         return _version(task, wanted.version)
 
-    def pin(self, reference: str, *, user: str | None = None) -> Pin:
+    def pin(self, reference: str, *, user: str | None = None, drawn: Version | None = None) -> Pin:
         """Resolve `reference` once, as `resolve` does, count its version as used and have its soft prompt in memory.
 
-        Blocks when files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do
-        not match their digests, and InvalidPromptFile if the prompt does not fit the base model, which the
-        operator may have changed since it was published.
+        `drawn` is what it was resolved to already: of a canary, another draw could give another version. Blocks when
+        files have to be read. The caller releases the pin. Raises PromptCorrupt if the files do not match their
+        digests, and InvalidPromptFile if the prompt does not fit the base model, which the operator may have changed
+        since it was published.
         """
         while True:
-            version = self.resolve(reference, user=user)
+            version, drawn = drawn or self.resolve(reference, user=user), None
             self._pins.add(version)
             try:
                 return Pin(version, self._prompt(version), self._pins)
@@ -102,6 +107,19 @@ class Registry:
             except BaseException:
                 self._pins.remove(version)
                 raise
+
+    def pin_in_memory(self, version: Version) -> Pin | None:
+        """Pin what was resolved just now if its soft prompt is in memory; takes no time."""
+        self._pins.add(version)
+        prompt = self._prompts.find(_key(version))
+        if prompt is None:
+            self._pins.remove(version)
+            return None
+        return Pin(version, prompt, self._pins)
+
+    def read_prompt(self, version: Version) -> SoftPrompt:
+        """Its soft prompt for a look, which changes nothing of what is kept in memory. Raises what `pin` raises."""
+        return self._prompts.find(_key(version), use=False) or self._files.load(version)
 
     def pins(self, version: Version) -> int:
         """How many pins of the version are not released."""
@@ -149,7 +167,7 @@ class Registry:
         try:
             known = self._index.catch_up(task)
             existing = known.task.by_digest.get(digest)
-            if existing is not None and not self._is_intact(existing):
+            if existing is not None and not self._files.are_intact(existing):
                 damaged = existing  # uploading it again is how an operator mends it
             if existing is None or damaged:
                 if not known.head.seq:
@@ -172,12 +190,13 @@ class Registry:
         alias: str,
         versions: int | Mapping[int, float],
         *,
-        expected: int | None,
+        expected: changes.Etags | None,
         actor: str = "anonymous",
     ) -> Alias:
         """Point `alias` at a version, or at several by weight, if its etag is still `expected` (None: if it is new).
 
-        Raises PreconditionFailed otherwise, and InvalidRequest for a bad name or bad weights.
+        Compared with what every process has acknowledged by then, which `task` may not show yet. Raises
+        PreconditionFailed if it differs, and InvalidRequest for a bad name or bad weights.
         """
         check_alias_name(alias)
         target = Target.of(versions)
@@ -187,31 +206,40 @@ class Registry:
 
         return self._index.commit(task, decide, actor).task.aliases[alias]
 
-    def roll_back_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> Alias:
+    def roll_back_alias(self, task: str, alias: str, *, expected: changes.Etags, actor: str = "anonymous") -> Alias:
         """Point `alias` at what it was before its last move; again for what it was before that.
 
-        Raises PreconditionFailed if it was moved since, or if there is nothing to go back to.
+        Raises PreconditionFailed if it was moved since, or if there is nothing to go back to, and ReferenceNotFound if
+        there is no such alias.
         """
         state = self._index.commit(task, lambda state: changes.roll_back_alias(state, alias, expected), actor)
         return state.task.aliases[alias]
 
-    def remove_alias(self, task: str, alias: str, *, expected: int, actor: str = "anonymous") -> None:
-        """Raises PreconditionFailed if it was moved since."""
+    def remove_alias(self, task: str, alias: str, *, expected: changes.Etags, actor: str = "anonymous") -> None:
+        """Raises PreconditionFailed if it was moved since, and ReferenceNotFound if it is gone."""
         self._index.commit(task, lambda state: changes.remove_alias(state, alias, expected), actor)
 
-    def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> None:
+    def delete_version(self, task: str, number: int, *, actor: str = "anonymous") -> Version:
         """Delete a version: nobody finds it any more, who has it pinned keeps it, and `restore_version` undoes it.
 
         Raises PreconditionFailed while an alias names it.
         """
-        self._index.commit(task, lambda state: changes.delete_version(state, number), actor)
+        state = self._index.commit(task, lambda state: changes.delete_version(state, number), actor)
+        return state.deleted[number].version
 
-    def delete_task(self, task: str, *, actor: str = "anonymous") -> None:
-        """Delete every version of a task, and its alias `latest` with them.
+    def delete_task(self, task: str, *, actor: str = "anonymous") -> list[Version]:
+        """Delete every version of a task, and its alias `latest` with them; return those that were live until now.
 
         Raises PreconditionFailed while it has any other alias.
         """
-        self._index.commit(task, changes.delete_task, actor)
+        live: list[Version] = []
+
+        def decide(state: TaskState) -> Change:
+            live[:] = state.task.versions.values()
+            return changes.delete_task(state)
+
+        self._index.commit(task, decide, actor)
+        return live
 
     def restore_version(self, task: str, number: int, *, actor: str = "anonymous") -> Version:
         """Undo the deletion of a version whose files have not been collected; it gets no alias back."""
@@ -225,22 +253,10 @@ class Registry:
     def collect(self, *, retention: float) -> list[str]:
         """Remove the files of versions that were deleted more than `retention` seconds ago, and return their names.
 
-        A version that a request of this process still uses is left for the next time.
+        A version that a request of this process still uses is left for the next time. Logs and goes on with the next
+        task where that fails.
         """
-        before = datetime.now(UTC) - timedelta(seconds=retention)
-        collected = []
-        for state in self._index.states():
-            for number, deleted in state.deleted.items():
-                if self._pins[deleted.version] or not changes.is_due(deleted, before):
-                    continue
-                after = self._index.commit(
-                    state.task.name, partial(changes.collect_version, number=number, deleted_before=before), "collector"
-                )
-                # NOTE: files only go once the log says so: a restored version must have its own.
-                if number not in after.deleted and number not in after.task.versions:
-                    self._store.remove_version(state.task.name, number)
-                    collected.append(deleted.version.reference)
-        return collected
+        return self._cleaner.collect(retention)
 
     def history(self, task: str, *, before: int | None, limit: int) -> list[Entry]:
         """Up to `limit` entries of the task's log, the newest first, of those below sequence number `before`."""
@@ -253,7 +269,7 @@ class Registry:
         version = self.version(task, number)
         if name not in version.files:
             raise not_found()
-        return self._read(version, name)
+        return self._files.read(version, name)
 
     def refresh(self) -> None:
         """Pick up what other processes wrote; cheap when there is nothing.
@@ -263,14 +279,27 @@ class Registry:
         try:
             self._index.refresh()
         except ServerError as error:
+            self._unrefreshed = error.message
             logger.warning("the registry could not be refreshed: %s", error.message)
+        else:
+            self._unrefreshed = None
 
-    def sweep(self, *, grace: float = GRACE) -> int:
+    def trouble(self) -> str | None:
+        """What an operator should look at, without names; None if all is well."""
+        found = [] if self._unrefreshed is None else [f"not refreshed: {self._unrefreshed}"]
+        damaged = len(self._index.problems())
+        if damaged:
+            found.append(f"{damaged} task{'s' * (damaged > 1)} whose log cannot be used")
+        return "; ".join(found) or None
+
+    def sweep(self, *, grace: float = GRACE, retention: float = 0.0) -> int:
         """Remove what uploads and writers that died left longer than `grace` seconds ago; return how much.
 
-        Logs and goes on where that fails, and leaves a task alone whose log cannot be read.
+        What looks like a version, but for its entry in the log, stays until this registry has seen it like that for
+        `retention` seconds: the entry may have been lost. Where there is no log at all it stays for good. Logs and goes
+        on where that fails, and leaves a task alone whose log cannot be read.
         """
-        return self._index.sweep(grace)
+        return self._cleaner.sweep(grace, retention)
 
     def _discard_unless_published(self, task: str, upload: Upload) -> None:
         # An append that failed half-way may be there, and seen by others: only the log can tell.
@@ -281,32 +310,13 @@ class Registry:
             logger.warning("an upload for %s may be left over: %s", task, error.message)
 
     def _prompt(self, version: Version) -> SoftPrompt:
-        def load() -> SoftPrompt:
-            config, tensors = self._read(version, CONFIG_FILE), self._read(version, TENSORS_FILE)
-            given = version.manifest.model_dump(include=set(ManifestInput.model_fields))
-            manifest = ManifestInput.model_validate(given)
-            prompt = read_checkpoint(config, tensors, manifest, self._base).prompt
-            if prompt.digest != version.digest:
-                raise PromptCorrupt(f"{version.reference}: its files do not match its digest")
-            return prompt
-
-        return self._prompts.get(_key(version), load)
-
-    def _is_intact(self, version: Version) -> bool:
+        prompt = self._prompts.get(_key(version), partial(self._files.load, version))
         try:
-            return all(self._read(version, name) for name in version.files)
-        except (PromptCorrupt, ReferenceNotFound):
-            return False
-
-    def _read(self, version: Version, name: str) -> bytes:
-        data = self._store.read_file(version.task, version.number, name)
-        if data is None and version.number not in self._index.catch_up(version.task).task.versions:
-            raise not_found()
-        if data is None or log.sha256(data) != version.files[name]:
-            self._quarantine.add(version, name)
-            raise PromptCorrupt(f"{version.reference}: {name} does not match its digest")
-        self._quarantine.lift(version, name)
-        return data
+            self.version(version.task, version.number)
+        except (ReferenceNotFound, PromptCorrupt):
+            # Deleted since it was resolved, and forgotten before it was loaded: nobody else would ever drop it.
+            self._prompts.forget(_key(version))
+        return prompt
 
     def _forget(self, version: Version) -> None:
         self._prompts.forget(_key(version))

@@ -4,12 +4,12 @@
     <root>/<task>/log/<seq:08d>.json
 
 An entry is created with link(2), which fails if its name is taken: that is the compare-and-swap between
-threads and processes. A version's folder without an entry is an upload that nobody was told of; `sweep` removes
-it in time, with whatever else a crash left. Anything else in these folders (a README) is ignored. Every call
-blocks, and raises NotReady or StorageFull when the file system fails.
+threads and processes. A version's folder without an entry is an upload that nobody was told of, or one whose entry
+was lost; `Cleaner` has it removed in time, with whatever else a crash left. Anything else in these folders (a
+README) is ignored. Every call blocks, and raises NotReady or StorageFull when the file system fails.
 
 The log's chain shows a changed entry and one that is lost before others. A start cannot see the loss of its last
-ones: the task is then as it was before them, and their versions' folders are uploads that nobody was told of. A
+ones: the task is then as it was before them, and their versions' folders look like uploads that nobody was told of. A
 process that knew them refuses to write on.
 """
 
@@ -41,13 +41,6 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 def _temporary(folder: Path) -> Path:
     return folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
-
-
-def _may_be_leftover(name: str, numbers: Collection[int]) -> bool:
-    """Whether a folder among the versions is temporary, or of a number that is not in `numbers`."""
-    if name.startswith(_TEMPORARY):
-        return True
-    return _VERSION_NAME.fullmatch(name) is not None and int(name) not in numbers
 
 
 class Upload:
@@ -178,9 +171,16 @@ class Store:
         return True
 
     def settle(self, task: str) -> None:
-        """Make durable what the log shows: whoever appended the last entry may have died before that."""
+        """Make durable what the log shows: whoever appended the last entry may have died or failed before that."""
+        folder = self._log(task)
+        temporary = _temporary(folder)
         with storage_errors():
-            self._fs.sync_folder(self._log(task))
+            # NOTE: after a failed sync the kernel may take the folder for clean, and the next one would do nothing:
+            # change it first. A folder, because a file would have to be synced itself.
+            self._fs.mkdir(temporary)
+            with suppress(OSError):
+                self._fs.rmdir(temporary)
+            self._fs.sync_folder(folder)
 
     def create(self, task: str) -> None:
         """Make the folders of a new task durably."""
@@ -211,20 +211,30 @@ class Store:
         """Remove the files of a version that the log says is deleted, as far as that succeeds."""
         self._remove(self._versions(task) / str(number), f"the files of {task}:{number}")
 
-    def sweep(self, task: str, numbers: Collection[int], *, now: float, grace: float = GRACE) -> int:
+    def numbers(self, task: str) -> frozenset[int]:
+        """Of the folders that may be versions, whatever the log says."""
+        with storage_errors():
+            try:
+                names = self._fs.folders(self._versions(task))
+            except (FileNotFoundError, NotADirectoryError):
+                return frozenset()
+        return frozenset(int(name) for name in names if _VERSION_NAME.fullmatch(name))
+
+    def sweep(self, task: str, doomed: Collection[int], *, now: float, grace: float = GRACE) -> int:
         """Remove what writers that died have left, as far as that succeeds; return how many files and folders.
 
-        That is temporary ones, and folders of versions that are not in `numbers`: give all that the log names,
-        deleted ones included until they are collected. Nothing that was changed within `grace` seconds of `now`
-        (seconds since the epoch) is touched: it may be another process at work.
+        That is temporary ones, and the folders of the versions `doomed`, which the log must not name. Nothing that
+        was changed within `grace` seconds of `now` (seconds since the epoch) is touched: it may be another process
+        at work.
         """
         versions, log = self._versions(task), self._log(task)
         with storage_errors():
             try:
-                found = [versions / name for name in self._fs.folders(versions) if _may_be_leftover(name, numbers)]
+                found = [versions / name for name in self._fs.folders(versions) if name.startswith(_TEMPORARY)]
                 found += [log / name for name in self._fs.names(log) if name.startswith(_TEMPORARY)]
             except (FileNotFoundError, NotADirectoryError):
                 return 0
+        found += [versions / str(number) for number in sorted(doomed)]
         before = now - grace
         return sum(self._remove(path, f"a leftover of {task}: {path.name}", unless_after=before) for path in found)
 
