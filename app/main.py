@@ -24,6 +24,7 @@ from app.api import registry as registry_routes
 from app.api.access import authorise
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
+from app.api.openai import chat, completions, tokenize
 from app.api.request_id import RequestIdMiddleware
 from app.api.schemas import Problem
 from app.api.server import Server, bind
@@ -54,7 +55,7 @@ _CORS: dict[str, Any] = {  # without credentials: keys are sent by scripts, not 
     "allow_methods": ["GET", "POST", "PUT", "DELETE"],
     "allow_headers": ["Authorization", "X-Api-Key", "X-Request-Id", "If-Match", "If-None-Match"],
     "expose_headers": [
-        *("ETag", "Location", "Retry-After", "X-Request-Id", "X-Prompt-Version", "X-Prompt-Digest"),
+        *("ETag", "Location", "Retry-After", "X-Request-Id", "X-Prompt-Version", "X-Prompt-Digest", "X-Ignored-Fields"),
         *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
     ],
 }
@@ -120,7 +121,19 @@ def create_app(
     app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, classify, models, registry_routes, aliases, inspection, audit, ops):
+    for module in (
+        generate,
+        classify,
+        completions,
+        chat,
+        tokenize,
+        models,
+        registry_routes,
+        aliases,
+        inspection,
+        audit,
+        ops,
+    ):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     return app
 
