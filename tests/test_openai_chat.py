@@ -183,6 +183,12 @@ def test_stream(harness: Harness, client: TestClient) -> None:
     assert harness.num_pins == 0
 
 
+def test_the_last_token_s_text_comes_before_the_finish_reason(harness: Harness, client: TestClient) -> None:
+    *_, text, end = (event["choices"][0] for event in stream(client, max_tokens=3))
+    assert text["delta"]["content"] == harness.base.tokenizer.decode(harness.engine.answer[2]) and not end["delta"]
+    assert (text["finish_reason"], end["finish_reason"]) == (None, "length")
+
+
 def test_a_stream_of_nothing(harness: Harness, client: TestClient) -> None:
     harness.engine.answer = []
     begin, end = (event["choices"][0] for event in stream(client))
