@@ -25,6 +25,7 @@ from app.api.concurrency import Threads
 from app.api.cors import Cors
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
+from app.api.openai import chat, completions, tokenize
 from app.api.request_id import RequestIdMiddleware
 from app.api.schemas import Problem
 from app.api.server import Server, bind
@@ -114,7 +115,19 @@ def create_app(
     app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
-    for module in (generate, classify, models, registry_routes, aliases, inspection, audit, ops):
+    for module in (
+        generate,
+        classify,
+        completions,
+        chat,
+        tokenize,
+        models,
+        registry_routes,
+        aliases,
+        inspection,
+        audit,
+        ops,
+    ):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     return app
 

@@ -51,15 +51,16 @@ class Detokenizer:
     holds back bytes that do not yet form a character.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._window_start = 0  # ids before it were emitted and serve no more as context
         self._emitted = 0  # ids before it have their text out
 
     def _decode(self, start: int, end: int | None = None) -> str:
         text: str = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[start:end], skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
 
@@ -87,8 +88,10 @@ class StopStrings:
     The result does not depend on how the text is cut into pieces.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`include`: the text ends behind the stop string instead of before it."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
         self.matched: str | None = None
 
@@ -100,7 +103,8 @@ class StopStrings:
         found = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if found:
             position, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-            out, self._held = self._held[:position], ""
+            end = position + len(self.matched) if self._include else position
+            out, self._held = self._held[:end], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -151,6 +151,10 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
     assert {where: operation["operationId"] for where, operation in operations(document)} == {
         "post /v1/generate": "generate",
         "post /v1/classify": "classify",
+        "post /v1/completions": "create_completion",
+        "post /v1/chat/completions": "create_chat_completion",
+        "post /tokenize": "tokenize",
+        "post /detokenize": "detokenize",
         "get /v1/models": "list_models",
         "get /v1/models/{reference}": "get_model",
         "get /v1/tasks": "list_tasks",
@@ -179,12 +183,13 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
 
 def test_every_body_has_an_example_that_is_valid(client: TestClient, document: dict[str, Any]) -> None:
     bodies = [operation["requestBody"] for _, operation in operations(document) if "requestBody" in operation]
-    assert len(bodies) == 4
+    assert len(bodies) == 8
     for body in bodies:
         assert body["required"]
         for content in body["content"].values():
             assert content["schema"] and all("value" in example for example in content["examples"].values())
-    for path in ("/v1/generate", "/v1/classify"):
+    generation = ("/v1/generate", "/v1/classify", "/v1/completions", "/v1/chat/completions")
+    for path in (*generation, "/tokenize", "/detokenize"):
         examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
         for example in examples.values():
             # 404: the example's task is not there. A wrong field would be a 400.

@@ -26,7 +26,8 @@ from tests.test_api_errors import check
 
 JSON = {"content-type": "application/json"}
 TASK = "/v1/tasks/sentiment"
-WITH_BODY = (("POST", "/v1/generate"), ("POST", "/v1/classify"), ("PUT", f"{TASK}/aliases/prod"))
+OPENAI = tuple(("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"))
+WITH_BODY = (("POST", "/v1/generate"), ("POST", "/v1/classify"), *OPENAI, ("PUT", f"{TASK}/aliases/prod"))
 BY_NAME = (
     *(("GET", "/v1/models/{}"), ("GET", "/v1/tasks/{}"), ("DELETE", "/v1/tasks/{}"), ("GET", "/v1/tasks/{}/versions")),
     *(

@@ -95,6 +95,15 @@ def test_readme_curls_answer_as_shown(server: str) -> None:
         assert comparable(json.loads(done.stdout)) == comparable(shown), command
 
 
+@pytest.mark.model
+def test_the_openai_example_prints_what_it_says(server: str) -> None:
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "openai" in block]
+    local = code.replace("http://127.0.0.1:8000", server)
+    done = subprocess.run([sys.executable, "-c", local], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == code.splitlines()[-1].removeprefix("# ")
+
+
 def comparable(reply: Any) -> Any:
     """Without what differs every time; floats to three digits, which a CPU's rounding does not reach."""
     if isinstance(reply, dict):

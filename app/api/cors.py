@@ -25,7 +25,8 @@ class Cors(CORSMiddleware):
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["Authorization", "X-Api-Key", "X-Request-Id", HEADER, "If-Match", "If-None-Match"],
             expose_headers=[
-                *("ETag", "Location", "Retry-After", "X-Request-Id", "X-Prompt-Version", "X-Prompt-Digest"),
+                *("ETag", "Location", "Retry-After", "X-Request-Id"),
+                *("X-Prompt-Version", "X-Prompt-Digest", "X-Ignored-Fields"),
                 *(f"x-ratelimit-{what}-{of}" for of in LIMITED for what in ("limit", "remaining", "reset")),
             ],
         )

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
@@ -14,6 +13,7 @@ from fastapi.responses import Response
 from app.access import Caller
 from app.answer import Answer, Piece
 from app.api.access import CallerDep
+from app.api.answers import Answers
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deadline import DeadlineDep, until
@@ -21,7 +21,7 @@ from app.api.deps import State, StateDep
 from app.api.json_text import dump_json
 from app.api.lease import Lease, leased
 from app.api.logprobs import logprob_entries, num_entries
-from app.api.reply import encode, identity, prompt_headers, usage
+from app.api.reply import encode, identity, prompt_headers
 from app.api.sampling import check_logprobs, check_request, constraints, sampling_params
 from app.api.schemas import GenerateReply, GenerateRequest, as_list
 from app.api.stream import Emit, EventStream
@@ -108,29 +108,22 @@ class _Run:
     """The answers to one request, under way: for each member of an ensemble, n for each input."""
 
     def __init__(self, state: State, caller: Caller, leases: Sequence[Lease], body: GenerateRequest) -> None:
-        self._caller = caller
-        self._to_pay = False  # once every answer has started, and until it is paid
         self._tokenizer = state.base.tokenizer
         self._token_texts = state.token_texts
         self._identity = identity("gen", state.base.info, leases)
-        self._n = body.n
         self._with_logprobs = body.logprobs is not None
         self._num_outputs = len(as_list(body.input)) * body.n
-        self._work: list[tuple[Lease, list[list[int]]]] = []  # the texts behind each lease, as token ids
-        self._answers: list[Answer] = []  # member by member, input by input, sample by sample
+        self._num_members = len(leases)
+        self._answers = Answers(state, caller, samples=body.n, cache_salt=body.cache_salt)
 
     @classmethod
     async def start(cls, state: State, caller: Caller, leases: Sequence[Lease], body: GenerateRequest) -> _Run:
         """Start every answer, or none: the engine may refuse the last one."""
         run = cls(state, caller, leases, body)
         found = await constraints(state, body, len(leases) * run._num_outputs)
-        try:
+        async with run._answers.starting():
             for lease in leases:
                 await run._start(state, lease, body, found)
-        except BaseException:
-            await run.aclose()
-            raise
-        run._to_pay = True
         return run
 
     async def _start(self, state: State, lease: Lease, body: GenerateRequest, found: list[Any]) -> None:
@@ -139,25 +132,22 @@ class _Run:
         defaults = manifest.defaults if manifest else Defaults()
         stop = as_list(body.stop) if body.stop is not None else defaults.stop or []
         texts = await encode(self._tokenizer, [template.prompt(text) for text in as_list(body.input)])
-        self._work.append((lease, texts))
+        self._answers.read(lease, texts)
         rooms = [state.engine.max_model_len - lease.num_virtual_tokens - len(text) for text in texts]
         check_logprobs(body, texts, defaults, rooms)
         for text, room in zip(texts, rooms, strict=True):
             for sample in range(body.n):
                 params = sampling_params(body, defaults, room, state.base.eos_token_ids, sample)
-                generation = lease.generate(
-                    state.engine, text, params, constraint=found.pop(), salt=self._caller.salt(body.cache_salt)
-                )
-                self._answers.append(Answer(generation, self._tokenizer, template, stop, min_tokens=params.min_tokens))
+                self._answers.start(lease, text, params, template, stop, constraint=found.pop())
 
     async def whole(self) -> dict[str, Any]:
         """The plain reply."""
         pieces = await together(answer.text() for answer in self._answers)
-        if len(self._work) > 1:
+        if self._num_members > 1:
             outputs = [_majority(index, pieces[index :: self._num_outputs]) for index in range(self._num_outputs)]
         else:
             outputs = await self._outputs(dict(enumerate(pieces)), first=True)
-        return {**self._identity, "outputs": outputs, "usage": self._usage()}
+        return {**self._identity, "outputs": outputs, "usage": self._answers.usage()}
 
     async def stream(self, emit: Emit) -> None:
         """The same in pieces, those of all inputs as they come. What made them is said first and last."""
@@ -176,18 +166,11 @@ class _Run:
             await answer.read(deliver)
 
         await together(relay(index, answer) for index, answer in enumerate(self._answers))
-        await emit({**self._identity, "usage": self._usage()})
+        await emit({**self._identity, "usage": self._answers.usage()})
 
     async def aclose(self) -> None:
         """End what has not ended; the caller pays for what was made by then."""
-        try:
-            with anyio.CancelScope(shield=True):
-                for answer in self._answers:
-                    await answer.aclose()
-        finally:
-            if self._to_pay:
-                self._to_pay = False
-                self._caller.spend(self._num_made())
+        await self._answers.aclose()
 
     async def _outputs(self, pieces: Mapping[int, Piece], *, first: bool) -> list[dict[str, Any]]:
         """`first`: with what is said once, about the input."""
@@ -208,23 +191,6 @@ class _Run:
         if first and prompt is not None:
             output["prompt_logprobs"] = logprob_entries(self._token_texts, prompt)
         return output
-
-    def _num_made(self) -> int:
-        """Tokens that were read or written: an input that only waited was neither."""
-        texts = [text for _, texts in self._work for text in texts]
-        samples = [self._answers[start : start + self._n] for start in range(0, len(self._answers), self._n)]
-        num_read = sum(
-            len(text)
-            for text, answers in zip(texts, samples, strict=True)
-            if any(answer.has_begun for answer in answers)
-        )
-        return num_read + sum(answer.num_tokens for answer in self._answers)
-
-    def _usage(self) -> dict[str, Any]:
-        generated = sum(answer.num_tokens for answer in self._answers)
-        # The first sample's of each input, as the input counts once: the others find what that one computed.
-        cached = sum(answer.num_cached_tokens for answer in self._answers[:: self._n])
-        return usage(self._work, num_generated=generated, num_cached=cached)
 
 
 def _majority(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -30,7 +30,12 @@ def check_request(body: GenerateRequest, vocab_size: int, max_rows: int) -> None
     if count > limit:
         param = "n" if body.n > 1 else "input" if members == 1 else "task"
         raise InvalidRequest(f"{param}: {count} answers exceed {limit} in one request", param=param)
-    bad = next((token_id for token_id in body.stop_token_ids or () if not 0 <= token_id < vocab_size), None)
+    check_stop_token_ids(body.stop_token_ids or (), vocab_size)
+
+
+def check_stop_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest."""
+    bad = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(f"stop_token_ids: {bad} is not in the vocabulary of {vocab_size}", param="stop_token_ids")
 
