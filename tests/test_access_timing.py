@@ -57,19 +57,21 @@ def test_a_secret_that_is_nearly_right_takes_no_longer(count: int) -> None:
         """By its first characters first, as a table of secrets would be searched."""
         return any(all(a == b for a, b in zip(mine, secret, strict=True)) for mine in secrets[:3])
 
-    near = [rng.choice(secrets[:3])[:-1] + "!" for _ in range(count)]
     far = [new_secret() for _ in range(count)]
+    # Of many endings: one hash always falls on the same place of the table, which takes its own time.
+    near = [rng.choice(secrets[:3])[:-6] + other[-6:] for other in far]
     assert not any(map(known.find, near[:100])) and known.find(secrets[0])
 
     def compare(find: Callable[[str], object], pairs: list[tuple[str, str]]) -> float:
         times: tuple[list[float], list[float]] = ([], [])
         for pair in pairs:
             for kind in rng.sample((0, 1), 2):
-                times[kind].append(timed(lambda secret=pair[kind]: find(secret)))  # type: ignore[misc]
+                secret = pair[kind].encode().decode()  # as of a request: made just now, wherever the other kind is too
+                times[kind].append(timed(lambda secret=secret: find(secret)))  # type: ignore[misc]
         return auc(*times)
 
     pairs = list(zip(near, far, strict=True))
-    assert compare(naive, pairs[:1_000]) > 0.9
+    assert compare(naive, pairs[:1_000]) > 0.6
     assert abs(compare(known.find, pairs) - 0.5) <= 0.02
 
 
