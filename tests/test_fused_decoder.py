@@ -26,7 +26,7 @@ from app.engine.attention_kernels import (
     choose_attention,
     preferred_block_size,
 )
-from app.engine.cuda_graphs import BUCKETS, upload
+from app.engine.cuda_graphs import BUCKETS, upload_ints
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Forward, Span
 from app.engine.kv_cache import KVCache
@@ -354,7 +354,7 @@ def test_positions_that_the_model_lacks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_describes_a_step_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On any device, also those (mps) that are neither the CPU nor CUDA."""
     meta = torch.device("meta")
-    assert upload([1, 2, 3], meta).device == meta
+    assert upload_ints([1, 2, 3], meta).device == meta
     model = family_model("llama")
     made = make(model, monkeypatch)
     forward = FusedDecoder(model, made.weights, made.cache)

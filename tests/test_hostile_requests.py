@@ -103,8 +103,9 @@ def test_growth_would_be_seen(client: TestClient, place: str) -> None:
         part = getattr(part, attribute)
     before = sizes(client.app_state["server"])
     part.seen = {"a name": 1}
-    assert sizes(client.app_state["server"]).items() - before.items() == {(f"{place}.seen", 1)}
+    grown = sizes(client.app_state["server"]).items() - before.items()
     del part.seen
+    assert (f"{place}.seen", 1) in grown  # and wherever else the part is held
 
 
 def send(client: TestClient, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
@@ -214,7 +215,7 @@ def test_queries(client: TestClient) -> None:
             reply = client.get(path, params={"tag": text})
             assert reply.status_code == 200 and reply.json()["data"] == []
             reply = client.get(path, params={"after": text})
-            assert reply.status_code in (200, 404), reply.text
+            assert reply.status_code == (200 if path == "/v1/tasks" else 400), reply.text  # a name, and a number
 
 
 def test_request_ids_cannot_forge_a_log(client: TestClient) -> None:
