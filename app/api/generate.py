@@ -15,16 +15,16 @@ from app.answer import Answer, Piece
 from app.api.access import CallerDep
 from app.api.answers import Answers
 from app.api.body import JsonRoute
-from app.api.concurrency import disconnection, first, together
+from app.api.concurrency import together
 from app.api.deadline import DeadlineDep, until
+from app.api.delivery import deliver
 from app.api.deps import State, StateDep
-from app.api.json_text import dump_json
 from app.api.lease import Lease, leased
 from app.api.logprobs import logprob_entries, num_entries
 from app.api.reply import encode, identity, prompt_headers
 from app.api.sampling import check_logprobs, check_request, constraints, sampling_params
 from app.api.schemas import GenerateReply, GenerateRequest, as_list
-from app.api.stream import Emit, EventStream
+from app.api.stream import Emit
 from app.errors import InvalidRequest
 from app.manifest import Defaults
 from app.text import Template
@@ -81,15 +81,8 @@ async def generate(
     with until(deadline):
         async with leased(state, caller, body.task, user=body.user) as leases:
             run = await _Run.start(state, caller, leases, body)
-        headers = prompt_headers(leases)
-        if body.stream:
-            timeout = state.settings.send_timeout
-            return EventStream(run.stream, run.aclose, send_timeout=timeout, deadline=deadline, headers=headers)
-        try:
-            reply = await first(run.whole(), disconnection(request.receive))
-        finally:
-            await run.aclose()
-    return Response(dump_json(reply), headers=headers, media_type="application/json")
+        headers, timeout = prompt_headers(leases), state.settings.send_timeout
+        return await deliver(run, request, stream=body.stream, send_timeout=timeout, deadline=deadline, headers=headers)
 
 
 def _check_ensemble(body: GenerateRequest) -> None:

@@ -17,11 +17,11 @@ from fastapi.responses import Response
 from app.access import Caller
 from app.answer import Piece
 from app.api.answers import Answers
-from app.api.concurrency import disconnection, first, together
+from app.api.concurrency import together
 from app.api.deadline import until
+from app.api.delivery import deliver
 from app.api.deps import State
 from app.api.generate import MAX_ENTRIES_HERE
-from app.api.json_text import dump_json
 from app.api.lease import Lease, leased
 from app.api.logprobs import num_entries
 from app.api.openai.extras import HEADER, ignored_fields
@@ -29,7 +29,7 @@ from app.api.openai.schemas import Sampled
 from app.api.reply import identity, prompt_headers
 from app.api.sampling import check_logprobs, check_stop_token_ids, constraints, sampling_params
 from app.api.schemas import MAX_OUTPUTS, GenerateRequest, as_list
-from app.api.stream import Emit, EventStream
+from app.api.stream import Emit
 from app.errors import InvalidRequest, SoftpromptError
 from app.manifest import Defaults
 from app.text import Template
@@ -199,14 +199,10 @@ async def respond(
             running = run(lease)
             await running.start()
         headers = prompt_headers([lease]) | ({HEADER: ", ".join(ignored)} if ignored else {})
-        if body.stream:
-            timeout = state.settings.send_timeout
-            return EventStream(running.stream, running.aclose, send_timeout=timeout, deadline=deadline, headers=headers)
-        try:
-            reply = await first(running.whole(), disconnection(request.receive))
-        finally:
-            await running.aclose()
-    return Response(dump_json(reply), headers=headers, media_type="application/json")
+        timeout = state.settings.send_timeout
+        return await deliver(
+            running, request, stream=bool(body.stream), send_timeout=timeout, deadline=deadline, headers=headers
+        )
 
 
 def check_outputs(num_prompts: int, body: Sampled, max_rows: int) -> None:
