@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,3 +119,24 @@ def test_without_a_log_only_temporary_files_go(root: Path, clock: Clock) -> None
     (root / "t/log/00000001.json").write_bytes(entry)
     registry.refresh()
     assert registry.pin("t").prompt.digest == checkpoint(1).prompt.digest
+
+
+def test_threads_that_sweep_take_turns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it remembers between sweeps is for one at a time."""
+    registry = open_registry(root)
+    for task in ("a", "b"):
+        registry.publish(task, checkpoint(1))
+    numbers, inside, most = registry._store.numbers, 0, 0
+
+    def slow(task: str) -> frozenset[int]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+        return numbers(task)
+
+    monkeypatch.setattr(registry._store, "numbers", slow)
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(lambda _: registry.sweep(), range(4))] == [0] * 4
+    assert most == 1

@@ -569,7 +569,7 @@ entered = threading.Event()
 step = native.decoder._kernel.softprompt_step
 
 class Kernel:
-    # Says when the step is inside the kernel: caught in one of torch's operations, torch ends the process with an error.
+    # Says when the step is in the kernel: in an operation of torch's own it would end the process with an error.
     def softprompt_step(self, *arguments):
         entered.set()
         return step(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,12 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class Cleaner:
-    """Removes it. Each task is on its own: one that cannot be cleaned costs no other its turn. For one thread."""
+    """Removes it. Each task is on its own: one that cannot be cleaned costs no other its turn. Thread-safe."""
 
     def __init__(self, store: Store, index: Index, pins: PinCount) -> None:
         self._store = store
         self._index = index
         self._pins = pins
+        self._sweeping = threading.Lock()
         self._unwanted_since: dict[tuple[str, int], float] = {}  # task and number of a folder -> monotonic time
 
     def collect(self, retention: float) -> list[str]:
@@ -40,14 +42,15 @@ class Cleaner:
     def sweep(self, grace: float, retention: float) -> int:
         """See `Registry.sweep`."""
         removed = 0
-        try:
-            for task in self._store.tasks():
-                try:
-                    removed += self._sweep_task(task, grace, retention)
-                except ServerError as error:
-                    logger.warning("the leftovers of %s stay: %s", task, error.message)
-        except ServerError as error:
-            logger.warning("the registry could not be swept: %s", error.message)
+        with self._sweeping:
+            try:
+                for task in self._store.tasks():
+                    try:
+                        removed += self._sweep_task(task, grace, retention)
+                    except ServerError as error:
+                        logger.warning("the leftovers of %s stay: %s", task, error.message)
+            except ServerError as error:
+                logger.warning("the registry could not be swept: %s", error.message)
         return removed
 
     def _collect_task(self, state: TaskState, before: datetime, collected: list[str]) -> None:
