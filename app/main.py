@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import __version__
 from app.access import Access
-from app.api import aliases, audit, classify, errors, generate, inspection, models, ops
+from app.api import aliases, audit, classify, document, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
 from app.api.access import authorise
 from app.api.concurrency import Threads
@@ -115,6 +115,7 @@ def create_app(
     app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
+    document.install(app)
     for module in (
         generate,
         classify,

@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 
 import app
 from app.api.schemas import ClassifyReply, GenerateReply
+from app.api.scopes import ANY_KEY, NEEDS, PUBLIC
+from scripts import reference
 from tests.api_harness import Harness, wait_until
 
 METHODS = {"get", "put", "post", "delete"}
@@ -41,6 +43,19 @@ def operations(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for method, operation in item.items()
         if method in METHODS
     ]
+
+
+def test_the_reference_is_made_from_the_document(document: dict[str, Any]) -> None:
+    assert reference.PATH.read_text() == reference.render(document), "run `python -m scripts.reference`"
+
+
+def test_the_document_says_what_a_key_must_allow(document: dict[str, Any]) -> None:
+    for _, operation in operations(document):
+        needs = NEEDS[{"health": "readyz"}.get(operation["operationId"], operation["operationId"])]
+        assert ("security" in operation) == (needs != PUBLIC)
+        assert operation.get("x-scope") == (None if needs in (PUBLIC, ANY_KEY) else needs)
+    schemes = document["components"]["securitySchemes"]
+    assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
 
 
 def test_trouble_of_the_registry_is_a_detail_of_readiness(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, after_number, paged
-from app.api.preconditions import etag, expected_etags
+from app.api.preconditions import IF_MATCH, IF_NONE_MATCH, etag, expected_etags
 from app.api.registry_schemas import AliasReply, AliasRequest, Deleted, HistoryEntry
 from app.api.schemas import Page
 from app.errors import PreconditionRequired
@@ -40,6 +40,7 @@ async def get_alias(task: str, alias: str, state: StateDep) -> Response:
     "/aliases/{alias}",
     response_model=AliasReply,
     responses={201: {"model": AliasReply, "description": "The alias is new"}},
+    openapi_extra={"parameters": [IF_MATCH, IF_NONE_MATCH]},
 )
 async def put_alias(
     task: str,
@@ -61,7 +62,7 @@ async def put_alias(
     return _alias_reply(task, moved, created=expected is None)
 
 
-@router.delete("/aliases/{alias}", response_model=Deleted)
+@router.delete("/aliases/{alias}", response_model=Deleted, openapi_extra={"parameters": [IF_MATCH]})
 async def delete_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Any:
     """Remove an alias, by compare-and-swap: If-Match. The versions it names stay."""
     expected = _if_match(request)
@@ -69,7 +70,7 @@ async def delete_alias(task: str, alias: str, request: Request, state: StateDep,
     return {"id": f"{task}@{alias}", "object": "alias", "deleted": True}
 
 
-@router.post("/aliases/{alias}:rollback", response_model=AliasReply)
+@router.post("/aliases/{alias}:rollback", response_model=AliasReply, openapi_extra={"parameters": [IF_MATCH]})
 async def roll_back_alias(task: str, alias: str, request: Request, state: StateDep, caller: CallerDep) -> Response:
     """Point an alias at what it was before its last move, by compare-and-swap: If-Match. Again goes a step further."""
     expected = _if_match(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
+from typing import Any
 
 from fastapi import Request
 
@@ -13,6 +14,16 @@ from app.registry import ANY_ETAG
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _LIST = re.compile(rf"{_TAG}(?:[ \t]*,[ \t]*{_TAG})*")
 _NUMBER = re.compile(r'"([1-9][0-9]{0,17})"')
+
+
+def _header(name: str, what: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": what, "schema": {"type": "string"}}
+
+
+# For the OpenAPI document: one that is missing is 428, not a parameter that fails to validate.
+IF_MATCH = _header("If-Match", "The ETag that is to be replaced, or `*`")
+IF_NONE_MATCH = _header("If-None-Match", "`*`: only if there is none yet")
+CACHED = _header("If-None-Match", "The ETag that the client has: 304 if it is the one")
 
 
 def etag(value: object) -> str:

@@ -13,7 +13,7 @@ from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.deps import StateDep
 from app.api.paging import After, Limit, after_number, paged
-from app.api.preconditions import etag, is_unchanged
+from app.api.preconditions import CACHED, etag, is_unchanged
 from app.api.registry_schemas import Deleted, PublishReply, TaskReply, VersionReply
 from app.api.schemas import Page
 from app.api.upload import UPLOAD_BODY, Upload, read_upload, upload_place
@@ -171,6 +171,7 @@ async def restore_version(
         200: {"content": {"application/octet-stream": {}, "application/json": {}}},
         304: {"description": "If-None-Match names this file"},
     },
+    openapi_extra={"parameters": [CACHED]},
 )
 async def get_file(name: str, version: VersionDep, request: Request, state: StateDep) -> Response:
     """A file of the PEFT checkpoint as it was uploaded, or its manifest.json."""
