@@ -74,6 +74,31 @@ def test_a_request_never_believes_what_is_older_than_two_seconds(
         assert (status(client, headers), status(client, bearer(secret))) == (401, 200)
 
 
+@pytest.mark.anyio
+async def test_a_machine_that_is_slow_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read takes longer than what was read may be old, and one is under way that began before the request."""
+    harness = KeyedHarness.keyed(tmp_path / "prompts")
+    access, read, began, go_on = harness.access, harness.access._read, [], threading.Event()
+
+    def slow() -> object:
+        began.append(harness.clock.now)
+        go_on.wait(20)
+        harness.clock.now += FRESH + POLL
+        return read()
+
+    monkeypatch.setattr(access, "_read", slow)
+    early = asyncio.create_task(access.refresh())
+    while not began:
+        await asyncio.sleep(0.001)
+    harness.clock.now += FRESH + POLL
+    asked = asyncio.create_task(access.authenticate(None))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await asked).key is None
+    await early
+    assert len(began) == 2, "the first one began too early to say what holds for this request"
+
+
 def test_without_the_database_known_keys_go_on_for_a_while(tmp_path: Path) -> None:
     harness = KeyedHarness.keyed(tmp_path / "prompts")
     known = harness.key("admin")

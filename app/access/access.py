@@ -30,6 +30,7 @@ T = TypeVar("T")
 POLL = 1.0  # seconds between looks into the database
 FRESH = 2.0  # seconds within which a new or revoked key counts
 PATIENCE = 1.0  # seconds that a request waits for a database that is late
+OPEN_PATIENCE = 10.0  # seconds, while no key is known: all that is left then is to refuse
 MAX_STALE = 300.0  # seconds that known keys go on without the database
 TOUCH = 60  # seconds to which "last used" is exact
 REPORT = 60.0  # seconds between log lines about strangers
@@ -166,14 +167,17 @@ class Access:
                 logger.exception("the keys could not be refreshed")
 
     async def _ensure_fresh(self) -> bool:
+        """Whether what is known is, or has become, new enough for a request that came now."""
         now = self._clock()
-        if now - self._read_at > FRESH and now - self._failed_at > POLL:
-            try:
-                async with asyncio.timeout(PATIENCE):
+        try:
+            async with asyncio.timeout(PATIENCE if self._closed else OPEN_PATIENCE):
+                # Twice, if one was under way that is too old for it by now.
+                while now - self._read_at > FRESH and now - self._failed_at > POLL:
                     await self.refresh()
-            except TimeoutError:
-                self._failed_at = self._clock()
-        return self._clock() - self._read_at <= FRESH
+        except TimeoutError:
+            self._failed_at = self._clock()
+        # NOTE: not by the clock as it is now: a machine that is slow may take seconds for a read that came in time.
+        return now - self._read_at <= FRESH
 
     async def _refresh(self) -> None:
         began = self._clock()
