@@ -21,9 +21,10 @@ from app.registry import Published, Registry, Store
 from app.registry.reference import check_alias_name, check_task_name
 from app.text import Template
 from app.train import Progress as Step
-from app.train import Row, TrainReport, train
+from app.train import Row, TrainReport
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
 from app.train.job import Job
+from app.train.trainer import train
 
 
 def train_and_publish(

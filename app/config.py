@@ -112,6 +112,20 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused with 503")
     max_body_bytes: Positive = Field(2**20, description="Largest JSON body")
     max_upload_bytes: Positive = Field(64 * 2**20, le=64 * 2**20, description="Largest adapter_model.safetensors")
+    training_dir: Folder | None = Field(
+        None, description="Folder of training files and jobs; default: one in the registry's folder"
+    )
+    max_training_jobs: int = Field(1, ge=0, le=64, description="Training jobs that run at once; 0 accepts none")
+    max_training_queue: Positive = Field(32, description="Training jobs that may be unfinished; more are refused")
+    max_training_file_bytes: Positive = Field(64 * 2**20, le=64 * 2**20, description="Largest training file")
+    max_training_bytes: Positive = Field(2**30, description="Bytes that the training files of one tenant may have")
+    training_threads: Positive = Field(1, description="CPU threads of a training job")
+    training_nice: int = Field(10, ge=0, le=19, description="By how much training jobs give way to other processes")
+    training_memory_bytes: Positive | None = Field(
+        None, description="Memory of a training job beside the mapped weights (Linux); default: no limit"
+    )
+    training_timeout: float = Field(86_400.0, gt=0, le=1e9, description="Seconds a training job may train in all")
+    training_silence: Seconds = Field(600.0, description="Seconds without progress until a training job is restarted")
     receive_timeout: Seconds = Field(
         30.0, description="Seconds a client may take to send a request; a body gets more, at 10 kB/s"
     )
@@ -123,6 +137,11 @@ class Settings(BaseSettings):
     )
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
+
+    @property
+    def training_folder(self) -> Path:
+        """Its dot keeps the default from being taken for a task."""
+        return self.training_dir or self.registry / ".softprompt" / "training"
 
     @classmethod
     def load(cls, **overrides: Any) -> Settings:

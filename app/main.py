@@ -25,7 +25,7 @@ from app.api.concurrency import Threads
 from app.api.cors import Cors
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
-from app.api.openai import chat, completions, tokenize
+from app.api.openai import chat, completions, files, fine_tuning, tokenize
 from app.api.request_id import RequestIdMiddleware
 from app.api.schemas import Problem
 from app.api.server import Server, bind
@@ -35,6 +35,7 @@ from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
 from app.errors import EngineFailed, InvalidSettings
+from app.jobs import FileStore, JobStore, Parts, Publisher, Supervisor
 from app.local_engine import local_engine
 from app.registry import Registry, Store
 
@@ -70,7 +71,20 @@ def create_app(
     readiness = Readiness(engine)
     constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
     access = access or Access.open(settings)
-    state = State(settings, engine, registry, base, readiness, constraints, access, started_at=int(time.time()))
+    folder = settings.training_folder
+    uploads = FileStore(folder / "files", max_bytes=settings.max_training_bytes)
+    jobs = JobStore(folder / "jobs", max_active=settings.max_training_queue)
+
+    def sweep_training() -> None:
+        uploads.sweep()
+        jobs.sweep()
+
+    parts = Parts(settings, jobs, access, base, Publisher(engine, registry, base))
+    training = Supervisor(parts, sweep=sweep_training)
+    state = State(
+        *(settings, engine, registry, base, readiness, constraints, access, uploads, jobs, training),
+        started_at=int(time.time()),
+    )
 
     def collect() -> None:
         registry.collect(retention=settings.deleted_retention)
@@ -84,6 +98,7 @@ def create_app(
             asyncio.create_task(_repeat(REFRESH_INTERVAL, registry.refresh, "refreshed")),
             asyncio.create_task(_repeat(COLLECT_INTERVAL, collect, "collected")),
             asyncio.create_task(_repeat(SWEEP_INTERVAL, sweep, "swept")),
+            asyncio.create_task(training.run()),
         ]
         try:
             async with access.running():
@@ -122,6 +137,8 @@ def create_app(
         completions,
         chat,
         tokenize,
+        files,
+        fine_tuning,
         models,
         registry_routes,
         aliases,

@@ -23,7 +23,8 @@ from app.engine.local import LocalEngine
 from app.main import create_app
 from app.registry import Registry, Store
 from app.text import Template
-from app.train import Recipe, Row, train
+from app.train import Recipe, Row
+from app.train.trainer import train
 from tests.api_harness import events, wait_until
 from tests.peft_oracle import oracle_generate, oracle_logits, save_adapter
 from tests.tiny import save_tiny, tiny_base

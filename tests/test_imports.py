@@ -19,6 +19,7 @@ LAYERS = [
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train", "access"},
+    {"jobs"},
     {"api"},
     {"main", "cli_train", "cli_registry", "cli_keys"},
     {"cli"},

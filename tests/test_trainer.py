@@ -25,11 +25,11 @@ from transformers import (
 
 from app.errors import InvalidRecipe, InvalidTrainingData, TrainingFailed
 from app.text import Template
-from app.train import Progress, Recipe, Row, TrainReport, hold_out, read_rows, train
+from app.train import Progress, Recipe, Row, TrainReport, hold_out, read_rows
 from app.train.checkpoint import load_checkpoint
 from app.train.data import batches, count_shared, digest, encode
 from app.train.forward import Batch, answer_nll, can_share
-from app.train.trainer import learning_rate
+from app.train.trainer import learning_rate, train
 
 COLOURS = ["red", "green", "blue", "white", "black"]
 WORDS = ["<eos>", "<unk>", *COLOURS, "warm", "cold", "a", "the", "very", "wall", ":", "colour", "is"]

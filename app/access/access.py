@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 from app.access.audit import AuditEntry, AuditQueue, log_entry, read_audit, write_audit
-from app.access.caller import Caller
+from app.access.caller import ANONYMOUS, Caller
 from app.access.database import Database
 from app.access.key import SETTINGS_KEY_ID, Key, Limits, hash_secret
 from app.access.key_store import KeyStore
@@ -112,6 +112,15 @@ class Access:
             raise NotReady("the keys cannot be checked now")  # it may be a new one
         self._count_stranger()
         raise AuthenticationRequired("this needs a valid key: Authorization: Bearer sk-...")
+
+    def holder(self, actor: str) -> Caller | None:
+        """Who a request's `actor` is now: None once the key is revoked, expired or gone, and for anonymous callers
+        once there are keys. For what goes on after the request; nothing is counted.
+        """
+        if actor == ANONYMOUS:
+            return None if self._closed else Caller()
+        key = self._settings_key.by_id(actor) or self._known.by_id(actor)
+        return Caller(key) if key is not None and key.is_valid(self._now()) else None
 
     def audit(self, entry: AuditEntry) -> None:
         """Told to the log now, and to the database, where there is one, a second later."""

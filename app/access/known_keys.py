@@ -28,5 +28,9 @@ class KnownKeys:
         key = self._by_hash.get(wanted)
         return key if key is not None and hmac.compare_digest(key.hash, wanted) else None
 
+    def by_id(self, key_id: str) -> Key | None:
+        """Revoked and expired ones too."""
+        return next((key for key in self._by_hash.values() if key.id == key_id), None)
+
     def valid_ids(self, now: float) -> set[str]:
         return {key.id for key in self._by_hash.values() if key.is_valid(now)}

@@ -19,6 +19,7 @@ from app.constraint import ConstraintCompiler
 from app.engine import Engine
 from app.engine.in_flight import InFlight
 from app.inspection import Means
+from app.jobs import FileStore, JobStore, Supervisor
 from app.registry import Registry
 
 MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count as alive
@@ -56,6 +57,9 @@ class State:
     readiness: Readiness
     constraints: ConstraintCompiler
     access: Access
+    files: FileStore
+    jobs: JobStore
+    training: Supervisor
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
     uploads: Places = field(default_factory=lambda: Places(MAX_UPLOADS, "uploads"), init=False)

@@ -39,6 +39,19 @@ NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "put_alias": "aliases:write",
     "delete_alias": "aliases:write",
     "roll_back_alias": "aliases:write",
+    "create_file": "jobs",
+    "list_files": "jobs",
+    "retrieve_file": "jobs",
+    "retrieve_file_content": "jobs",
+    "delete_file": "jobs",
+    "create_fine_tuning_job": "jobs",  # and aliases:write to move another alias than `latest`
+    "list_fine_tuning_jobs": "jobs",
+    "retrieve_fine_tuning_job": "jobs",
+    "list_fine_tuning_events": "jobs",
+    "list_fine_tuning_checkpoints": "jobs",
+    "cancel_fine_tuning_job": "jobs",
+    "pause_fine_tuning_job": "jobs",
+    "resume_fine_tuning_job": "jobs",
     "list_audit": "admin",
 }
 

@@ -56,15 +56,15 @@ def _note(scope: Scope, state: dict[str, Any], status: int) -> None:
                 request_id=state["request_id"],
                 key_id=caller.actor,
                 action=action,
-                target=_target(scope["path_params"]),
+                target=state.get("target") or _target(scope["path_params"]),
                 status=status,
             )
         )
 
 
 def _target(params: dict[str, str]) -> str:
-    """What a path names, as a reference: task, task:7 or task@prod."""
-    target = params.get("task", params.get("reference", ""))
+    """What a path names: a file, a job, or as a reference task, task:7 or task@prod."""
+    target = next((params[name] for name in ("task", "reference", "file", "job") if name in params), "")
     for name, separator in (("version", ":"), ("alias", "@"), ("name", "/")):
         if name in params:
             target += separator + params[name]

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from app.answer import Answer
 from app.engine import Engine, SamplingParams
+from app.errors import Overloaded
 from app.soft_prompt import SoftPrompt
 from app.text import Template
 from app.train.data import Row
 from app.train.metrics import accuracy, constant, macro_f1, naive_bayes, rouge_l
 
 ROWS_IN_FLIGHT = 64
+BUSY_SECONDS = 0.5  # until an engine that has no room is asked again
 ZERO_SHOT_TRIAL_ROWS = 100
 DEFAULT_ANSWER_TOKENS = 128  # as in /v1/generate
 
@@ -32,6 +34,7 @@ class Evaluator:
     labels: Sequence[str] | None = None
     max_tokens: int = DEFAULT_ANSWER_TOKENS
     stop: Sequence[str] = ()
+    rows_in_flight: int = ROWS_IN_FLIGHT
     on_row: Callable[[], None] = lambda: None  # called after every row
 
     async def score(self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]) -> dict[str, float]:
@@ -39,12 +42,17 @@ class Evaluator:
         return self.compare(await self.predict(prompt, template, rows), rows)
 
     async def predict(self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]) -> list[str]:
-        """One answer a row, in order."""
-        room = asyncio.Semaphore(ROWS_IN_FLIGHT)
+        """One answer a row, in order. An engine that others keep busy is waited for."""
+        room = asyncio.Semaphore(self.rows_in_flight)
 
         async def one(row: Row) -> str:
             async with room:
-                answer = await self._answer(prompt, template, row.input)
+                while True:
+                    try:
+                        answer = await self._answer(prompt, template, row.input)
+                        break
+                    except Overloaded:
+                        await asyncio.sleep(BUSY_SECONDS)
                 self.on_row()
                 return answer
 
@@ -102,6 +110,9 @@ class Evaluator:
         return labels[logprobs.index(max(logprobs))]
 
     async def _generate(self, prompt: SoftPrompt | None, template: Template, token_ids: list[int]) -> str:
-        params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop_token_ids=self.eos_token_ids)
+        virtual = prompt.num_virtual_tokens if prompt is not None else 0
+        room = self.engine.max_model_len - virtual - len(token_ids)
+        most = max(1, min(self.max_tokens, room))
+        params = SamplingParams(max_tokens=most, temperature=0.0, stop_token_ids=self.eos_token_ids)
         generation = self.engine.generate(prompt, token_ids, params)
         return (await Answer(generation, self.tokenizer, template, self.stop).text()).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -71,3 +72,14 @@ def naive_bayes(train: Sequence[tuple[str, str]], inputs: Sequence[str]) -> list
         )
 
     return [predict(text) for text in inputs]
+
+
+def paired_interval(
+    differences: Sequence[float], *, seed: int = 0, resamples: int = 1_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of per-row differences (Efron & Tibshirani 1993, section 13.3)."""
+    generator = random.Random(f"bootstrap {seed}")
+    count = len(differences)
+    means = sorted(math.fsum(generator.choices(differences, k=count)) / count for _ in range(resamples))
+    tail = (1 - level) / 2
+    return means[int(tail * resamples)], means[min(resamples - 1, int((1 - tail) * resamples))]

@@ -47,6 +47,7 @@ def train(
     *,
     base_name: str,
     base_fingerprint: str = "",
+    initial: Tensor | None = None,
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainReport:
@@ -54,11 +55,13 @@ def train(
 
     Prompt tuning (Lester et al. 2021, arXiv:2104.08691), with the loss on the answer tokens only.
     `model` stays as it is except that its parameters no longer require gradients. Without
-    validation rows a tenth of the training rows is held out. The prompt kept is the one with the
-    least validation loss. A run that was killed goes on from `out_dir/checkpoint` to the result it
-    would have had, and one that had finished is not done twice; with `resume=False`, or when
-    anything that shapes the result has changed, it begins again. Whatever `on_progress` raises ends
-    the run and is passed on, which is how a job is cancelled; the checkpoint stays.
+    validation rows a tenth of the training rows is held out. `initial` [virtual tokens, hidden] is where
+    the prompt begins (transfer from another task; Vu et al. 2022, arXiv:2110.07904), by default what the
+    recipe says. The prompt kept is the one with the least validation loss. A run that was killed goes
+    on from `out_dir/checkpoint` to the result it would have had, and one that had finished is not done
+    twice; with `resume=False`, or when anything that shapes the result has changed, it begins again.
+    Whatever `on_progress` raises ends the run and is passed on, which is how a job is stopped; that
+    step is in the checkpoint, which stays.
 
     Raises InvalidTrainingData and InvalidRecipe before any work, TrainingFailed when the loss is
     not finite; nothing is published then.
@@ -76,9 +79,9 @@ def train(
     if shared_rows := count_shared(rows_train, rows_validation):
         notes.append(f"{shared_rows} validation rows have an input that is also trained on")
 
-    run = _Run(model, tokenizer, recipe, base_name)
+    run = _Run(model, tokenizer, recipe, base_name, initial)
     data_digest = digest(rows_train, rows_validation)
-    identity = _identity(model, recipe, [base_name, base_fingerprint], template, data_digest)
+    identity = _identity(model, recipe, [base_name, base_fingerprint], template, data_digest, initial)
     work = out_dir / "checkpoint"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -129,6 +132,7 @@ class _Run:
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         base_name: str,
+        initial: Tensor | None,
     ) -> None:
         self.model, self.recipe = model, recipe
         self.device = embedding_weight(model).device
@@ -146,7 +150,7 @@ class _Run:
             raise TrainingFailed("the base model is not frozen")
         self.scale = embedding_rms(model)
         with torch.no_grad():
-            self.prompt.copy_(initial_prompt(model, tokenizer, recipe))
+            self.prompt.copy_(initial_prompt(model, tokenizer, recipe) if initial is None else initial)
         self.optimizer = torch.optim.AdamW([self.prompt], lr=1.0, betas=_BETAS, weight_decay=recipe.weight_decay)
 
     def restore(self, state: Progressed) -> None:
@@ -185,24 +189,32 @@ class _Run:
                 state.note(validation, self.prompt)
             now = time.monotonic()
             state.seconds, mark = state.seconds + now - mark, now
-            if state.step % recipe.checkpoint_every == 0 or validation is not None:
-                adam = self.optimizer.state[self.prompt]
-                state.keep(self.prompt, adam["exp_avg"], adam["exp_avg_sq"])
-                save_checkpoint(work, identity, state)
+            is_saved = state.step % recipe.checkpoint_every == 0 or validation is not None
+            if is_saved:
+                self._save(state, work, identity)
             if on_progress is not None:
-                on_progress(
-                    Progress(
-                        step=state.step,
-                        max_steps=recipe.max_steps,
-                        train_loss=loss,
-                        validation_loss=validation,
-                        best_step=state.best_step,
-                        learning_rate=rate,
-                        trained_tokens=state.trained_tokens,
-                        seconds=state.seconds,
-                    )
+                progress = Progress(
+                    step=state.step,
+                    max_steps=recipe.max_steps,
+                    train_loss=loss,
+                    validation_loss=validation,
+                    best_step=state.best_step,
+                    learning_rate=rate,
+                    trained_tokens=state.trained_tokens,
+                    seconds=state.seconds,
                 )
+                try:
+                    on_progress(progress)
+                except BaseException:
+                    if not is_saved:
+                        self._save(state, work, identity)
+                    raise
         return "max_steps" if state.step == recipe.max_steps else "no improvement"
+
+    def _save(self, state: Progressed, work: Path, identity: str) -> None:
+        adam = self.optimizer.state[self.prompt]
+        state.keep(self.prompt, adam["exp_avg"], adam["exp_avg_sq"])
+        save_checkpoint(work, identity, state)
 
     def _step(self, examples: list[Example], rate: float, number: int) -> float:
         self.optimizer.param_groups[0]["lr"] = rate
@@ -275,9 +287,18 @@ def _text_limit(model: PreTrainedModel, recipe: Recipe) -> int:
     return min(recipe.max_length, context - recipe.num_virtual_tokens)
 
 
-def _identity(model: PreTrainedModel, recipe: Recipe, base: list[str], template: Template, data_digest: str) -> str:
+def _identity(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    base: list[str],
+    template: Template,
+    data_digest: str,
+    initial: Tensor | None,
+) -> str:
     """Everything that shapes the result; a checkpoint of another run is not continued."""
     weight = embedding_weight(model)
     parts: list[Any] = [recipe.as_dict(), *base, template.text, data_digest]
     parts += [model.num_parameters(), list(weight.shape), str(weight.dtype), embedding_rms(model)]
+    if initial is not None:
+        parts.append(hashlib.sha256(initial.float().contiguous().numpy().tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

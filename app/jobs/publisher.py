@@ -1,0 +1,194 @@
+"""What follows a training: scored by the engine that serves, published through the door of uploads, an alias moved."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from app.base_model import BaseModel
+from app.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
+from app.engine import Engine
+from app.errors import PreconditionFailed, ReferenceNotFound, SoftpromptError
+from app.jobs.gate import Verdict, compare
+from app.jobs.job import Job
+from app.manifest import BaseReference, Defaults, ManifestInput
+from app.registry import Published, Registry, Version
+from app.soft_prompt import SoftPrompt
+from app.text import Template
+from app.train.data import Row, read_rows
+from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
+
+T = TypeVar("T")
+
+MAX_CLASSIFIED, MAX_GENERATED = 500, 100  # validation rows that are scored, a seeded sample
+ROWS_IN_FLIGHT = 4  # of a batch that users share
+ROWS, CHECKED, OUT = "validation.jsonl", "checked.json", "out"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a worker left."""
+
+    prompt: SoftPrompt
+    template: Template
+    labels: list[str] | None
+    rows: list[Row]  # to score on
+
+    @property
+    def targets(self) -> list[str]:
+        return [row.target for row in self.rows]
+
+
+class Publisher:
+    """Of one server; for its event loop."""
+
+    def __init__(self, engine: Engine, registry: Registry, base: BaseModel) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._base = base
+        self._threads = anyio.CapacityLimiter(2)  # its own: no request waits for a job's files
+
+    async def publish(
+        self, job: Job, work: Path, *, begin: Callable[[], Awaitable[None]]
+    ) -> tuple[str, dict[str, Any]]:
+        """Score, then call `begin`, which may raise, publish and judge: (reference, metrics and gate).
+
+        May be called again for what it did before: the same files give the same version. Raises SoftpromptError.
+        """
+        trained = await self._in_thread(partial(self._read, job, work))
+        await self._engine.load(trained.prompt)
+        answers = await self._answers(job, trained)
+        metrics = self._evaluator(job, trained.labels).compare(answers, trained.rows)
+        measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": metrics}
+        verdict, etag = await self._judge(job, trained, answers)
+        await begin()
+        checkpoint = partial(self._checkpoint, work, self._manifest(job, trained, measured))
+        published = await self._in_thread(
+            lambda: self._registry.publish(job.task, checkpoint(), alias=None, actor=job.owner)
+        )
+        if verdict is not None and verdict.moved:
+            verdict = await self._in_thread(partial(self._move, job, published, verdict, etag))
+        result = {"metrics": measured, "gate": None if verdict is None else verdict.as_dict()}
+        return published.version.reference, result
+
+    async def _answers(self, job: Job, trained: Trained) -> list[str]:
+        evaluator = self._evaluator(job, trained.labels)
+        return await evaluator.predict(trained.prompt, trained.template, trained.rows)
+
+    async def _judge(self, job: Job, trained: Trained, answers: list[str]) -> tuple[Verdict | None, int | None]:
+        """What shall become of the alias, if there is one, and its etag now (None: it is new)."""
+        name = job.options.alias
+        if not name:
+            return None, None
+        try:
+            alias = self._registry.task(job.task).aliases.get(name)
+        except ReferenceNotFound:
+            alias = None
+        if alias is None:
+            return Verdict(alias=name, moved=True, reason="the alias is new"), None
+        decided = partial(Verdict, alias=name)
+        if not job.options.gate:
+            return decided(moved=True, reason="the gate was turned off"), alias.etag
+        if alias.target.is_split:
+            return decided(moved=False, reason="the alias is a canary"), alias.etag
+        current = self._registry.version(job.task, alias.version)
+        if current.digest == trained.prompt.digest:
+            return decided(moved=False, reason="the alias stands for the same content already"), alias.etag
+        try:
+            pin = await self._in_thread(partial(self._registry.pin, current.reference))
+        except SoftpromptError as error:  # damaged, deleted since, or made for another base model
+            return decided(moved=False, reason=f"{current.reference} cannot be scored: {error.message}"), alias.etag
+        try:
+            theirs = await self._current_answers(current, pin.prompt, trained.rows)
+        finally:
+            pin.release()
+        judged = partial(
+            compare,
+            name,
+            current.reference,
+            answers,
+            theirs,
+            trained.targets,
+            labels=trained.labels is not None,
+            seed=job.seed,
+        )
+        return await self._in_thread(judged), alias.etag
+
+    async def _current_answers(self, version: Version, prompt: SoftPrompt, rows: list[Row]) -> list[str]:
+        """As its own manifest has it asked."""
+        manifest = version.manifest
+        evaluator = self._make_evaluator(manifest.labels, manifest.defaults.max_tokens, manifest.defaults.stop)
+        return await evaluator.predict(prompt, manifest.parsed_template, rows)
+
+    def _move(self, job: Job, published: Published, verdict: Verdict, etag: int | None) -> Verdict:
+        number = published.version.number
+        try:
+            self._registry.move_alias(job.task, verdict.alias, number, expected=etag, actor=job.owner)
+        except PreconditionFailed:
+            alias = self._registry.task(job.task).aliases.get(verdict.alias)
+            if alias is None or alias.version != number or alias.target.is_split:
+                return replace(verdict, moved=False, reason="the alias was moved while the job was being scored")
+        return verdict
+
+    def _read(self, job: Job, work: Path) -> Trained:
+        checked = json.loads((work / CHECKED).read_bytes())
+        path = work / ROWS
+        rows = read_rows(path, max_bytes=path.stat().st_size)
+        most = MAX_GENERATED if checked["labels"] is None else MAX_CLASSIFIED
+        if len(rows) > most:
+            rows = random.Random(f"scored {job.seed}").sample(rows, most)
+        prompt = self._checkpoint(work, ManifestInput()).prompt
+        return Trained(prompt, Template(checked["template"]), checked["labels"], rows)
+
+    def _checkpoint(self, work: Path, manifest: ManifestInput) -> Checkpoint:
+        config, tensors = ((work / OUT / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE))
+        return read_checkpoint(config, tensors, manifest, self._base.info)
+
+    def _manifest(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> ManifestInput:
+        told = ("seed", "recipe", "steps", "best_step", "best_validation_loss", "stopped", "seconds", "train_rows")
+        lineage = {
+            "job": job.id,
+            "started_from": job.model,
+            "data": {
+                "digest": job.report.get("data_digest"),
+                "training_file": job.training_file,
+                "training_file_digest": job.data.get("training_file_digest"),
+                "validation_file": job.validation_file,
+                "validation_file_digest": job.data.get("validation_file_digest"),
+            },
+            **{name: job.report.get(name) for name in (*told, "validation_rows", "warnings")},
+        }
+        return ManifestInput(
+            base=BaseReference(name=self._base.info.name, fingerprint=self._base.info.fingerprint),
+            template=trained.template.text,
+            labels=trained.labels,
+            defaults=Defaults(max_tokens=job.options.max_tokens, stop=job.options.stop or None),
+            metrics=metrics,
+            lineage=lineage,
+            description=job.options.description,
+        )
+
+    def _evaluator(self, job: Job, labels: list[str] | None) -> Evaluator:
+        return self._make_evaluator(labels, job.options.max_tokens, job.options.stop)
+
+    def _make_evaluator(self, labels: list[str] | None, max_tokens: int | None, stop: list[str] | None) -> Evaluator:
+        return Evaluator(
+            engine=self._engine,
+            tokenizer=self._base.tokenizer,
+            eos_token_ids=self._base.eos_token_ids,
+            labels=labels,
+            max_tokens=max_tokens or DEFAULT_ANSWER_TOKENS,
+            stop=stop or (),
+            rows_in_flight=ROWS_IN_FLIGHT,
+        )
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)

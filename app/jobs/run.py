@@ -1,0 +1,396 @@
+"""One action of one job, carried out here: a worker started, heard, watched and ended, and the job moved along.
+
+Whatever happens to it, the job's record says what is to be done next; so a server that dies needs no last words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from app.access import Access, AuditEntry
+from app.base_model import BaseModel
+from app.config import Settings
+from app.errors import NotReady, NumericalError, PermissionDenied, RequestError, SoftpromptError, StorageFull
+from app.jobs.job import Job, JobError, Status
+from app.jobs.owner import check_owner
+from app.jobs.publisher import Publisher
+from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore
+from app.jobs.worker import COMMAND, ENDINGS, Bounds, Worker
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Action = Literal["check", "train"]
+Change = Callable[[Job], Job]
+
+POLL = 1.0  # seconds between two looks at what is asked of a job under way
+SAVE_EVERY = 2.0  # seconds between two notes of how far it is
+GRACE = 15.0  # seconds a worker gets to save its state
+MAX_CRASHES = 3  # in a row, without a step forward
+MAX_MESSAGE = 2_000  # characters
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with."""
+
+    settings: Settings
+    store: JobStore
+    access: Access
+    base: BaseModel
+    publisher: Publisher
+
+
+class Run:
+    """For one event loop. Who starts it holds the job's lease, and gives it up after it."""
+
+    def __init__(self, parts: Parts, job: Job, leases: Sequence[int]) -> None:
+        """`leases` are descriptors for the worker to share."""
+        self._settings = parts.settings
+        self._store = parts.store
+        self._access = parts.access
+        self._base = parts.base
+        self._publisher = parts.publisher
+        self._leases = leases
+        self._job = job
+        self._expected: Status = job.status
+        self._stopping = False
+        self._watched_at = self._saved_at = float("-inf")
+        self._threads = anyio.CapacityLimiter(1)  # its own: a disk that hangs holds up nothing else
+
+    def stop(self) -> None:
+        """End soon, with the job to go on later."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Until the job is to do something else, or nothing more. Raises SoftpromptError if that cannot be written."""
+        try:
+            await (self._train() if self._job.is_checked else self._check())
+        except _Changed:
+            # NOTE: without an expectation: by now it may be cancelled or paused, which stays.
+            await self._persist(_requeued)
+        except _Failed as failure:
+            error = failure.error
+            if isinstance(failure, _Refused):
+                await self._tell_problems(failure)
+            if await self._persist(partial(_failed, error=error, now=int(time.time()))):
+                await self._tell("error", f"The job failed: {error.message}", data={"code": error.code})
+        except StorageFull as error:
+            # Nothing is lost: whoever makes room can resume it.
+            if await self._persist(_paused):
+                await self._tell("error", f"The job is paused: {error.message}")
+        except _Crashed as crash:
+            await self._crashed(str(crash))
+
+    async def _check(self) -> None:
+        await self._tell("info", f"Validating training file: {self._job.training_file}")
+        found = await self._work("check")
+        report, steps = found["report"], found["max_steps"]
+        for warning in report.get("warnings", []):
+            await self._tell("warn", warning)
+        await self._tell("info", "Files validated, moving job to queued state", data=report)
+        await self._advance(lambda job: replace(job, status="queued", is_checked=True, data=report, max_steps=steps))
+
+    async def _train(self) -> None:
+        started = self._job.started_at or int(time.time())
+        await self._advance(lambda job: replace(job, status="running", started_at=started, is_publishing=False))
+        self._expected = "running"
+        await self._tell("info", "Fine-tuning job goes on" if self._job.step else "Fine-tuning job started")
+        report = (await self._work("train"))["report"]
+        await self._advance(partial(_trained, report=report))
+        await self._tell("info", "Training has ended; the result is being scored", data={"stopped": report["stopped"]})
+        await self._publish()
+
+    async def _publish(self) -> None:
+        job = self._job
+
+        async def begin() -> None:
+            self._check_owner()
+            await self._advance(lambda job: replace(job, is_publishing=True))
+
+        work = self._store.folder(job.id) / WORK
+        publishing = asyncio.create_task(self._publisher.publish(job, work, begin=begin))
+        try:
+            while not (await asyncio.wait([publishing], timeout=POLL))[0]:
+                if not self._job.is_publishing:
+                    await self._watch()
+            reference, result = publishing.result()
+        except (NumericalError, RequestError) as error:
+            raise _Failed(error.code, error.message) from None
+        except StorageFull:
+            raise
+        except SoftpromptError as error:
+            raise _Crashed(f"the result could not be published: {error.message}") from None
+        finally:
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+        entry = AuditEntry.now(
+            request_id=job.id, key_id=job.owner, action="publish_version", target=reference, status=201
+        )
+        self._access.audit(entry)
+        if not await self._persist(partial(_succeeded, reference=reference, result=result, now=int(time.time()))):
+            return
+        gate = result["gate"]
+        if gate is not None:
+            verb = "was moved" if gate["moved"] else "was not moved"
+            await self._tell("info", f"The alias {gate['alias']} {verb}: {gate['reason']}", data=gate)
+        await self._tell("info", f"New fine-tuned model created: {reference}")
+        await self._tell("info", "The job has successfully completed")
+
+    async def _work(self, action: Action) -> dict[str, Any]:
+        """Run a worker to its end and return its last message.
+
+        Raises _Failed, _Crashed and StorageFull, and _Changed if the job is to stop, always after the worker's end.
+        """
+        self._check_owner()
+        settings, folder = self._settings, self._store.folder(self._job.id)
+        bounds = Bounds(settings.training_threads, settings.training_nice, settings.training_memory_bytes)
+        try:
+            worker = await Worker.start(COMMAND, self._order(action), folder / LOG, bounds, self._leases)
+        except OSError as error:
+            raise _Crashed(f"no worker could be started: {error.strerror}") from None
+        last: dict[str, Any] | None = None
+        grace = 0.0
+        try:
+            last = await self._listen(worker)
+            grace = GRACE
+        except (_Changed, _Failed):
+            worker.terminate()
+            grace = GRACE
+            raise
+        finally:
+            status = await worker.end(grace)
+        return self._outcome(last, status)
+
+    async def _listen(self, worker: Worker) -> dict[str, Any] | None:
+        """The last message; None if there was none."""
+        begun_at = heard_at = time.monotonic()
+        before = self._job.seconds
+        while True:
+            try:
+                message = await worker.message(POLL)
+            except TimeoutError:
+                message = {}
+            now = time.monotonic()
+            if message is None or message.get("kind") in ENDINGS:
+                return message
+            if message:
+                heard_at = now
+            elif now - heard_at > self._settings.training_silence:
+                raise _Crashed("the worker was silent for too long and was killed")
+            if message.get("kind") == "step":
+                await self._note_step(message, before + now - begun_at)
+            if before + now - begun_at > self._settings.training_timeout:
+                raise _Failed("timeout", f"the job took more than {self._settings.training_timeout:.0f} seconds")
+            await self._watch()
+
+    def _outcome(self, last: dict[str, Any] | None, status: int) -> dict[str, Any]:
+        if last is None:
+            raise _Crashed(f"the worker ended with status {status}")
+        match last["kind"]:
+            case "refused":
+                raise _Refused(last)
+            case "failed":
+                raise _Failed(last["code"], last["message"])
+            case "full":
+                raise StorageFull("the storage of training jobs is full")
+            case "stopped":
+                raise _Changed
+        return last
+
+    async def _note_step(self, step: dict[str, Any], seconds: float) -> None:
+        validated = step["validation_loss"] is not None
+        now = time.monotonic()
+        if not validated and now - self._saved_at < SAVE_EVERY:
+            return
+        self._saved_at = now
+        left = (step["max_steps"] - step["step"]) * step["seconds"] / step["step"]
+        await self._advance(partial(_stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
+        if validated:
+            metrics = {
+                "step": step["step"],
+                "total_steps": step["max_steps"],
+                "train_loss": step["train_loss"],
+                "valid_loss": step["validation_loss"],
+            }
+            told = f"Step {step['step']}/{step['max_steps']}: training loss={step['train_loss']:.4f}, validation loss="
+            await self._tell("info", f"{told}{step['validation_loss']:.4f}", metrics=metrics)
+
+    async def _watch(self) -> None:
+        """Raises _Changed if the job is to stop, and _Failed if its owner may no longer have it."""
+        if self._stopping:
+            raise _Changed
+        now = time.monotonic()
+        if now - self._watched_at < POLL:
+            return
+        self._watched_at = now
+        job = await self._in_thread(partial(self._store.get, self._job.id))
+        if job.status != self._expected:
+            raise _Changed
+        self._check_owner()
+
+    def _check_owner(self) -> None:
+        try:
+            check_owner(self._access, self._job)
+        except PermissionDenied as error:
+            raise _Failed(error.code, error.message) from None
+
+    async def _tell_problems(self, refusal: _Refused) -> None:
+        for problem in refusal.problems:
+            where = f"{problem['file']}, line {problem['line']}"
+            await self._tell("error", f"{where}: {problem['message']}", data=problem)
+        found = {"problems": refusal.problems, "problem_counts": refusal.counts}
+        await self._persist(lambda job: replace(job, data=found))
+
+    async def _crashed(self, why: str) -> None:
+        def count(job: Job) -> Job:
+            crashes = job.crashes + 1 if job.step <= job.crash_step else 1
+            return replace(_requeued(job), crashes=crashes, crash_step=job.step)
+
+        if not await self._persist(count):
+            return
+        if self._job.crashes < MAX_CRASHES:
+            await self._tell("warn", f"The job is started again: {why}")
+            return
+        message = f"it was started {MAX_CRASHES} times and got no further; the last time {why}"
+        error = JobError("training_crashed", message)
+        if await self._persist(partial(_failed, error=error, now=int(time.time()))):
+            await self._tell("error", f"The job failed: {message}")
+
+    async def _advance(self, change: Change) -> None:
+        """Raises _Changed if the job is no longer in the state in which this run knows it."""
+        expected = self._expected
+
+        def decide(job: Job) -> Job:
+            if job.status != expected:
+                raise _Changed
+            return change(job)
+
+        self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
+
+    async def _persist(self, change: Change) -> bool:
+        """Write how the run ended, as soon as the disk takes it. False if the job is finished, or the run must end."""
+        is_open = True
+
+        def decide(job: Job) -> Job:
+            nonlocal is_open
+            is_open = not job.is_finished
+            return change(job) if is_open else job
+
+        while True:
+            try:
+                self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
+                return is_open
+            except (StorageFull, NotReady) as error:
+                logger.warning("the training job %s cannot be written: %s", self._job.id, error.message)
+                if self._stopping:
+                    return False
+                await asyncio.sleep(POLL)
+
+    async def _tell(self, level: Any, message: str, **more: Any) -> None:
+        """An event that cannot be written is no reason for a job to end."""
+        try:
+            tell = partial(self._store.tell, self._job.id, level, message[:MAX_MESSAGE], **more)
+            await self._in_thread(tell)
+        except SoftpromptError as error:
+            logger.warning("an event of %s is lost: %s", self._job.id, error.message)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    def _order(self, action: Action) -> dict[str, Any]:
+        job, base, settings = self._job, self._base, self._settings
+        folder = self._store.folder(job.id).absolute()
+
+        def path(name: str) -> str | None:
+            return str(folder / name) if (folder / name).exists() else None
+
+        return {
+            "action": action,
+            "training": path(TRAINING),
+            "validation": path(VALIDATION),
+            "initial": path(INITIAL),
+            "work": str(folder / WORK),
+            "seed": job.seed,
+            "options": vars(job.options),
+            "base": {
+                "path": str(base.path.absolute()),
+                "cache_dir": str(Path(settings.cache_dir).absolute()),
+                "name": base.info.name,
+                "fingerprint": base.info.fingerprint,
+                "max_model_len": base.info.max_model_len,
+                "device": str(base.device),
+                "dtype": str(base.dtype).removeprefix("torch."),
+            },
+        }
+
+
+class _Changed(Exception):
+    """The job is no longer to be run here and now: cancelled, paused, or the server ends."""
+
+
+class _Failed(Exception):
+    """The job is at its end."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = JobError(code, message[:MAX_MESSAGE], param)
+
+
+class _Refused(_Failed):
+    """By the check of its data."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        super().__init__(found["code"], found["message"], found["param"])
+        self.problems: list[dict[str, Any]] = found["problems"]
+        self.counts: dict[str, int] = found["counts"]
+
+
+class _Crashed(Exception):
+    """The worker ended without a word, or had to be killed; another one may get further."""
+
+
+def _requeued(job: Job) -> Job:
+    """To go on later; what is paused or over stays so."""
+    if job.status != "running":
+        return job
+    return replace(job, status="queued", is_publishing=False, estimated_finish=None)
+
+
+def _paused(job: Job) -> Job:
+    return replace(job, status="paused", is_publishing=False, estimated_finish=None)
+
+
+def _failed(job: Job, *, error: JobError, now: int) -> Job:
+    over = replace(job, status="failed", error=error, finished_at=now)
+    return replace(over, is_publishing=False, estimated_finish=None)
+
+
+def _stepped(job: Job, *, step: dict[str, Any], seconds: float, finish: int) -> Job:
+    return replace(
+        job,
+        step=step["step"],
+        max_steps=step["max_steps"],
+        trained_tokens=step["trained_tokens"],
+        seconds=seconds,
+        estimated_finish=finish,
+        crashes=0 if step["step"] > job.crash_step else job.crashes,
+    )
+
+
+def _trained(job: Job, *, report: dict[str, Any]) -> Job:
+    return replace(job, step=report["steps"], trained_tokens=report["trained_tokens"], report=report)
+
+
+def _succeeded(job: Job, *, reference: str, result: dict[str, Any], now: int) -> Job:
+    over = replace(job, status="succeeded", fine_tuned_model=reference, result=result, finished_at=now)
+    return replace(over, is_publishing=False, estimated_finish=None)
