@@ -68,8 +68,17 @@ for word in script:
         case "step":
             step += 1
             state.write_text(str(step))
-            tell("step", step=step, max_steps=100, train_loss=1.0, validation_loss=0.5, best_step=step,
-                 learning_rate=0.1, trained_tokens=10 * step, seconds=0.1 * step)
+            tell(
+                "step",
+                step=step,
+                max_steps=100,
+                train_loss=1.0,
+                validation_loss=0.5,
+                best_step=step,
+                learning_rate=0.1,
+                trained_tokens=10 * step,
+                seconds=0.1 * step,
+            )
         case "content":
             content = float(value)
         case "note":
@@ -92,8 +101,14 @@ for word in script:
             sys.exit()
         case "refuse":
             problem = {"file": "training_file", "line": 3, "code": "not_json", "message": "not JSON"}
-            tell("refused", code="invalid_training_file", message="1 bad row: line 3: not JSON", param="training_file",
-                 problems=[problem], counts={"not_json": 1})
+            tell(
+                "refused",
+                code="invalid_training_file",
+                message="1 bad row: line 3: not JSON",
+                param="training_file",
+                problems=[problem],
+                counts={"not_json": 1},
+            )
             sys.exit()
         case "fail":
             tell("failed", code="training_failed", message="the loss is not finite")
@@ -105,11 +120,26 @@ if order["action"] == "check":
     (work / "validation.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in held))
     labels = sorted({row["target"] for row in rows})
     (work / "checked.json").write_text(json.dumps({"template": "{input}\n", "labels": labels, "recipe": {}}))
-    tell("checked", report={"training_rows": len(rows), "validation_rows": len(held), "warnings": ["a warning"]},
-         max_steps=100)
+    tell(
+        "checked",
+        report={"training_rows": len(rows), "validation_rows": len(held), "warnings": ["a warning"]},
+        max_steps=100,
+    )
 else:
     save(work / "out", content)
-    report = {"steps": max(step, 1), "best_step": max(step, 1), "best_validation_loss": 0.5, "stopped": "max_steps",
-              "trained_tokens": 10 * max(step, 1), "curve": [], "seed": order["seed"], "recipe": {}, "warnings": [],
-              "data_digest": "d", "seconds": 1.0, "train_rows": len(rows), "validation_rows": 10}
+    report = {
+        "steps": max(step, 1),
+        "best_step": max(step, 1),
+        "best_validation_loss": 0.5,
+        "stopped": "max_steps",
+        "trained_tokens": 10 * max(step, 1),
+        "curve": [],
+        "seed": order["seed"],
+        "recipe": {},
+        "warnings": [],
+        "data_digest": "d",
+        "seconds": 1.0,
+        "train_rows": len(rows),
+        "validation_rows": 10,
+    }
     tell("trained", report=report)

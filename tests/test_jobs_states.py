@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api_harness import Harness
+from tests.api_harness import Harness, wait_until
 from tests.jobs_harness import Jobs, fast_jobs
 
 
@@ -17,6 +17,11 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     harness = Harness.create(tmp_path / "prompts")
     with harness.client() as client:
         yield Jobs(harness, client)
+
+
+def gone(pid: int) -> None:
+    """A zombie's /proc has no executable."""
+    wait_until(lambda: not Path(f"/proc/{pid}/exe").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z")
 
 
 def test_a_job_succeeds(jobs: Jobs) -> None:
@@ -32,7 +37,116 @@ def test_a_job_succeeds(jobs: Jobs) -> None:
     assert version["aliases"] == ["latest"] and version["labels"] == ["negative", "positive"]
     assert version["lineage"]["job"] == job["id"] and version["lineage"]["seed"] == 3
     assert version["metrics"] == job["metrics"] and version["metrics"]["rows"] == 10
-    assert version["digest"] in jobs.harness.engine.loaded, "tried on the base model first"
+    engine = jobs.harness.engine
+    assert len(engine.loaded) == 1 and engine.unloaded == engine.loaded, "tried on the base model, and forgotten"
     told = jobs.messages(job)
     assert told[0] == "Created fine-tuning job" and told[-1] == "The job has successfully completed"
     assert "a warning" in told and "New fine-tuned model created: mood:1" in told
+
+
+def test_bad_data_fails_it_and_nothing_is_published(jobs: Jobs) -> None:
+    job = jobs.until(jobs.create(script="check-refuse"), "failed", "succeeded")
+    assert job["error"] == {
+        "code": "invalid_training_file",
+        "message": "1 bad row: line 3: not JSON",
+        "param": "training_file",
+    }
+    assert job["data"]["problem_counts"] == {"not_json": 1} and job["data"]["problems"][0]["line"] == 3
+    assert "training_file, line 3: not JSON" in jobs.messages(job)
+    assert job["fine_tuned_model"] is None and jobs.harness.registry.tasks() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("step fail", "training_failed"), ("crash", "training_crashed"), ("check-crash", "training_crashed")],
+)
+def test_it_fails(jobs: Jobs, script: str, code: str) -> None:
+    job = jobs.until(jobs.create(script=f"note check-note {script}"), "failed", "succeeded")
+    assert job["error"]["code"] == code and job["fine_tuned_model"] is None
+    pids = (jobs.folder(job) / "pids").read_text().split()
+    checks = 3 if "check-crash" in script else 1
+    assert len(pids) == checks + (0 if checks == 3 else 3 if code == "training_crashed" else 1)
+    assert jobs.harness.registry.tasks() == []
+
+
+def test_a_crash_is_survived_with_what_was_done(jobs: Jobs) -> None:
+    job = jobs.until(jobs.create(script="step step once:crash step"), "succeeded", "failed")
+    assert job["status"] == "succeeded" and job["step"] == 5, "two steps were kept, and three came on top"
+    assert any("started again: the worker ended with status -9" in message for message in jobs.messages(job))
+
+
+def test_crashes_with_progress_between_them_are_not_counted_together(jobs: Jobs) -> None:
+    job = jobs.create(script="step crash")
+    found = jobs.wait(job, lambda found: found["step"] >= 6)
+    assert found["status"] in ("running", "queued"), "each time it got a step further"
+    assert jobs.ask(job, "cancel").status_code == 200
+
+
+def test_silence_is_taken_for_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_jobs(monkeypatch)
+    harness = Harness.create(tmp_path / "prompts", training_silence=0.3)
+    with harness.client() as client:
+        jobs = Jobs(harness, client)
+        job = jobs.until(jobs.create(script="step once:silent step"), "succeeded", "failed")
+        assert job["step"] == 3 and any("silent for too long" in message for message in jobs.messages(job))
+
+
+def test_too_long_a_job_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_jobs(monkeypatch)
+    harness = Harness.create(tmp_path / "prompts", training_timeout=0.3)
+    with harness.client() as client:
+        jobs = Jobs(harness, client)
+        job = jobs.until(jobs.create(script="step hold"), "succeeded", "failed")
+        assert job["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+@pytest.mark.parametrize("worker", ["", "deaf"])
+def test_cancel(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, state: str, worker: str) -> None:
+    monkeypatch.setattr("app.jobs.run.GRACE", 0.2)
+    job = jobs.create(script=f"note step {worker} hold")
+    jobs.wait(job, lambda found: found["step"] == 1)
+    if state == "paused":
+        assert jobs.ask(job, "pause").json()["status"] == "paused"
+    reply = jobs.ask(job, "cancel")
+    assert reply.status_code == 200 and reply.json()["status"] == "cancelled" and reply.json()["finished_at"]
+    gone(int((jobs.folder(job) / "pids").read_text()))
+    wait_until(lambda: not (jobs.folder(job) / "work").exists())
+    assert jobs.get(job)["status"] == "cancelled" and jobs.harness.registry.tasks() == []
+    again = jobs.ask(job, "cancel")
+    assert again.status_code == 400 and again.json()["error"]["code"] == "invalid_job_state"
+
+
+def test_pause_and_resume(jobs: Jobs) -> None:
+    job = jobs.create(script="note step once:hold step")
+    jobs.wait(job, lambda found: found["step"] == 1)
+    assert jobs.ask(job, "resume").status_code == 400
+    assert jobs.ask(job, "pause").json()["status"] == "paused"
+    assert jobs.ask(job, "pause").status_code == 400
+    gone(int((jobs.folder(job) / "pids").read_text()))
+    other = jobs.create(script="", task="other")
+    assert jobs.until(other, "succeeded", "failed")["status"] == "succeeded", "a paused job keeps no place"
+    assert jobs.get(job)["status"] == "paused"
+    assert jobs.ask(job, "resume").json()["status"] == "queued"
+    job = jobs.until(job, "succeeded", "failed")
+    assert job["status"] == "succeeded" and job["step"] == 3
+
+
+def test_one_at_a_time_the_oldest_first(jobs: Jobs) -> None:
+    first = jobs.create(script="step hold", task="first")
+    jobs.until(first, "running")
+    second, third = (jobs.create(script="step", task=task) for task in ("second", "third"))
+    for job in (second, third):
+        jobs.until(job, "queued")
+    assert jobs.harness.app.state.jobs.counts() == {"validating_files": 0, "queued": 2, "running": 1, "paused": 0}
+    jobs.ask(first, "cancel")
+    done = [jobs.until(job, "succeeded") for job in (second, third)]
+    assert jobs.record(done[0]).started_at <= jobs.record(done[1]).started_at  # type: ignore[operator]
+    assert jobs.ask(third, "pause").status_code == 400
+
+
+def test_a_full_disk_pauses_it(jobs: Jobs) -> None:
+    job = jobs.until(jobs.create(script="step once:full step"), "paused")
+    assert any("storage of training jobs is full" in message for message in jobs.messages(job))
+    jobs.ask(job, "resume")
+    assert jobs.until(job, "succeeded", "failed")["step"] == 3

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,14 @@ import anyio
 import anyio.to_thread
 
 from app.base_model import BaseModel
-from app.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
+from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.engine import Engine
-from app.errors import PreconditionFailed, ReferenceNotFound, SoftpromptError
+from app.errors import NotReady, PreconditionFailed, ReferenceNotFound, SoftpromptError
 from app.jobs.gate import Verdict, compare
 from app.jobs.job import Job
 from app.manifest import BaseReference, Defaults, ManifestInput
-from app.registry import Published, Registry, Version
+from app.registry import Registry, Version
+from app.registry.log import sha256
 from app.soft_prompt import SoftPrompt
 from app.text import Template
 from app.train.data import Row, read_rows
@@ -37,10 +39,16 @@ ROWS, CHECKED, OUT = "validation.jsonl", "checked.json", "out"
 class Trained:
     """What a worker left."""
 
+    config: bytes
+    tensors: bytes
     prompt: SoftPrompt
     template: Template
     labels: list[str] | None
     rows: list[Row]  # to score on
+
+    @property
+    def tensors_digest(self) -> str:
+        return sha256(self.tensors)
 
     @property
     def targets(self) -> list[str]:
@@ -64,20 +72,35 @@ class Publisher:
         May be called again for what it did before: the same files give the same version. Raises SoftpromptError.
         """
         trained = await self._in_thread(partial(self._read, job, work))
-        await self._engine.load(trained.prompt)
-        answers = await self._answers(job, trained)
-        metrics = self._evaluator(job, trained.labels).compare(answers, trained.rows)
-        measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": metrics}
-        verdict, etag = await self._judge(job, trained, answers)
+        try:
+            await self._engine.load(trained.prompt)
+            answers = await self._answers(job, trained)
+            metrics = self._evaluator(job, trained.labels).compare(answers, trained.rows)
+            measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": metrics}
+            verdict, etag = await self._judge(job, trained, answers)
+        finally:
+            with suppress(NotReady):
+                await self._engine.unload(trained.prompt.digest)  # the version will have another one
         await begin()
-        checkpoint = partial(self._checkpoint, work, self._manifest(job, trained, measured))
-        published = await self._in_thread(
-            lambda: self._registry.publish(job.task, checkpoint(), alias=None, actor=job.owner)
-        )
+        version = await self._in_thread(partial(self._store, job, trained, measured))
         if verdict is not None and verdict.moved:
-            verdict = await self._in_thread(partial(self._move, job, published, verdict, etag))
+            verdict = await self._in_thread(partial(self._move, job, version, verdict, etag))
         result = {"metrics": measured, "gate": None if verdict is None else verdict.as_dict()}
-        return published.version.reference, result
+        return version.reference, result
+
+    def _store(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> Version:
+        """A new version, or the one that was published before this server or another one died."""
+        versions: Iterable[Version]
+        try:
+            versions = self._registry.task(job.task).versions.values()
+        except ReferenceNotFound:
+            versions = ()
+        for version in versions:
+            if version.manifest.lineage.get("job") == job.id and version.files[TENSORS_FILE] == trained.tensors_digest:
+                return version
+        manifest = self._manifest(job, trained, metrics)
+        checkpoint = read_checkpoint(trained.config, trained.tensors, manifest, self._base.info)
+        return self._registry.publish(job.task, checkpoint, alias=None, actor=job.owner).version
 
     async def _answers(self, job: Job, trained: Trained) -> list[str]:
         evaluator = self._evaluator(job, trained.labels)
@@ -100,7 +123,7 @@ class Publisher:
         if alias.target.is_split:
             return decided(moved=False, reason="the alias is a canary"), alias.etag
         current = self._registry.version(job.task, alias.version)
-        if current.digest == trained.prompt.digest:
+        if current.files[TENSORS_FILE] == trained.tensors_digest:
             return decided(moved=False, reason="the alias stands for the same content already"), alias.etag
         try:
             pin = await self._in_thread(partial(self._registry.pin, current.reference))
@@ -128,8 +151,8 @@ class Publisher:
         evaluator = self._make_evaluator(manifest.labels, manifest.defaults.max_tokens, manifest.defaults.stop)
         return await evaluator.predict(prompt, manifest.parsed_template, rows)
 
-    def _move(self, job: Job, published: Published, verdict: Verdict, etag: int | None) -> Verdict:
-        number = published.version.number
+    def _move(self, job: Job, version: Version, verdict: Verdict, etag: int | None) -> Verdict:
+        number = version.number
         try:
             self._registry.move_alias(job.task, verdict.alias, number, expected=etag, actor=job.owner)
         except PreconditionFailed:
@@ -145,12 +168,9 @@ class Publisher:
         most = MAX_GENERATED if checked["labels"] is None else MAX_CLASSIFIED
         if len(rows) > most:
             rows = random.Random(f"scored {job.seed}").sample(rows, most)
-        prompt = self._checkpoint(work, ManifestInput()).prompt
-        return Trained(prompt, Template(checked["template"]), checked["labels"], rows)
-
-    def _checkpoint(self, work: Path, manifest: ManifestInput) -> Checkpoint:
         config, tensors = ((work / OUT / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE))
-        return read_checkpoint(config, tensors, manifest, self._base.info)
+        prompt = read_checkpoint(config, tensors, ManifestInput(), self._base.info).prompt
+        return Trained(config, tensors, prompt, Template(checked["template"]), checked["labels"], rows)
 
     def _manifest(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> ManifestInput:
         told = ("seed", "recipe", "steps", "best_step", "best_validation_loss", "stopped", "seconds", "train_rows")
