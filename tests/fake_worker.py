@@ -1,8 +1,8 @@
 """A training worker without a trainer. The job's description is its script: words in the order they are done.
 
-step: one step more than the checkpoint has, saved. hold: wait until told to stop. crash, hang, silent, chatter, full,
-refuse, fail, deaf (ignore SIGTERM), note (append its pid to `pids`). A word with `once:` before it is done the first
-time only; `content:0.5` is what the prompt is made of.
+step: one step more than the checkpoint has, saved. hold: wait until told to stop. deaf: ignore SIGTERM. alone: crash if
+another job is doing this. note: append its process id to `pids`. content:0.5: what the prompt is made of. Others are
+said below. With `once:` before it a word is done the first time only, with `check-` while the data is checked.
 """
 
 import json
@@ -90,6 +90,11 @@ for word in script:
                 time.sleep(0.01)
         case "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        case "alone":  # or crash
+            place = work.parents[1] / "alone"
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL))
+            time.sleep(0.05)
+            place.unlink()
         case "silent":
             time.sleep(1000)
         case "chatter":

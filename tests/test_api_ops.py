@@ -187,6 +187,19 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
         "get /v1/tasks/{task}/history": "get_history",
         "get /v1/tasks/{task}/versions/{version}/inspect": "inspect_version",
         "post /v1/tasks/{task}/versions/{version}:restore": "restore_version",
+        "post /v1/files": "create_file",
+        "get /v1/files": "list_files",
+        "get /v1/files/{file}": "retrieve_file",
+        "get /v1/files/{file}/content": "retrieve_file_content",
+        "delete /v1/files/{file}": "delete_file",
+        "post /v1/fine_tuning/jobs": "create_fine_tuning_job",
+        "get /v1/fine_tuning/jobs": "list_fine_tuning_jobs",
+        "get /v1/fine_tuning/jobs/{job}": "retrieve_fine_tuning_job",
+        "get /v1/fine_tuning/jobs/{job}/events": "list_fine_tuning_events",
+        "get /v1/fine_tuning/jobs/{job}/checkpoints": "list_fine_tuning_checkpoints",
+        "post /v1/fine_tuning/jobs/{job}/cancel": "cancel_fine_tuning_job",
+        "post /v1/fine_tuning/jobs/{job}/pause": "pause_fine_tuning_job",
+        "post /v1/fine_tuning/jobs/{job}/resume": "resume_fine_tuning_job",
         "get /v1/audit": "list_audit",
         "get /livez": "livez",
         "get /readyz": "readyz",
@@ -198,13 +211,13 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
 
 def test_every_body_has_an_example_that_is_valid(client: TestClient, document: dict[str, Any]) -> None:
     bodies = [operation["requestBody"] for _, operation in operations(document) if "requestBody" in operation]
-    assert len(bodies) == 8
+    assert len(bodies) == 10
     for body in bodies:
         assert body["required"]
         for content in body["content"].values():
             assert content["schema"] and all("value" in example for example in content["examples"].values())
     generation = ("/v1/generate", "/v1/classify", "/v1/completions", "/v1/chat/completions")
-    for path in (*generation, "/tokenize", "/detokenize"):
+    for path in (*generation, "/tokenize", "/detokenize", "/v1/fine_tuning/jobs"):
         examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
         for example in examples.values():
             # 404: the example's task is not there. A wrong field would be a 400.

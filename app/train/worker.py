@@ -20,12 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from app.base_model import load_base_model
 from app.errors import InvalidRecipe, InvalidTrainingData, SoftpromptError, TrainingFailed
 from app.text import Template
 from app.train.check import BadData, check_data
@@ -33,7 +30,6 @@ from app.train.checkpoint import sync
 from app.train.data import Row, read_rows
 from app.train.recipe import Recipe
 from app.train.report import Progress
-from app.train.trainer import train
 
 CHECKED, ROWS_TRAIN, ROWS_VALIDATION, OUT = "checked.json", "train.jsonl", "validation.jsonl", "out"
 TELL_EVERY = 0.5  # seconds between two messages about steps
@@ -70,7 +66,6 @@ def main() -> int:
     stop = Stop()
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_the_server, daemon=True).start()
-    torch.set_num_threads(order["threads"])
     try:
         {"check": check, "train": train_prompt}[order["action"]](order, tell, stop)
     except Stopped:
@@ -140,6 +135,13 @@ def check(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
 
 def train_prompt(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
     """Train on what `check` left, from the last checkpoint on if there is one."""
+    import torch  # these take seconds, which a check need not wait for
+    from safetensors.torch import load_file
+
+    from app.base_model import load_base_model
+    from app.train.trainer import train
+
+    torch.set_num_threads(order["threads"])
     work, given = Path(order["work"]), order["base"]
     checked = json.loads((work / CHECKED).read_bytes())
     tell("alive")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Body, Depends, Query, Request
 from safetensors.torch import save
 
 from app.access import Caller
@@ -33,6 +33,31 @@ router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning/jobs", tags=["
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 
 
+_EXAMPLES: dict[str, Any] = {
+    "plain": {
+        "summary": "As OpenAI's clients send it",
+        "value": {"model": "smollm2-135m-instruct", "training_file": "file-0123456789a0123456789ab", "suffix": "mood"},
+    },
+    "prompt_tuning": {
+        "summary": "With what a soft prompt can be told",
+        "value": {
+            "model": "smollm2-135m-instruct",
+            "training_file": "file-0123456789a0123456789ab",
+            "suffix": "mood",
+            "seed": 1,
+            "method": {
+                "type": "prompt_tuning",
+                "prompt_tuning": {
+                    "template": "{input}\nSentiment:",
+                    "init_text": "Is the sentiment of the text negative or positive?",
+                    "hyperparameters": {"num_virtual_tokens": 20, "max_steps": 300},
+                },
+            },
+        },
+    },
+}
+
+
 async def find_job(job: str, state: StateDep, caller: CallerDep) -> Job:
     found = await state.storing.run(partial(state.jobs.get, job))
     if not (is_theirs(caller, found) and caller.sees(found.task)):
@@ -44,7 +69,9 @@ JobDep = Annotated[Job, Depends(find_job)]
 
 
 @router.post("", response_model=JobReply)
-async def create_fine_tuning_job(body: JobRequest, request: Request, state: StateDep, caller: CallerDep) -> Any:
+async def create_fine_tuning_job(
+    body: Annotated[JobRequest, Body(openapi_examples=_EXAMPLES)], request: Request, state: StateDep, caller: CallerDep
+) -> Any:
     """Train a soft prompt on a file and publish it as a version of the task `suffix`.
 
     `model` is the base model's id, or a reference to a soft prompt to start from.

@@ -85,15 +85,6 @@ class JobRequest(Strict):
     method: Method | None = None
     integrations: Annotated[list[Any] | None, Field(max_length=0)] = None
 
-    model_config = {
-        **Strict.model_config,
-        "json_schema_extra": {
-            "examples": [
-                {"model": "smollm2-135m-instruct", "training_file": "file-0123456789a0123456789ab", "suffix": "mood"}
-            ]
-        },
-    }
-
 
 class FileReply(BaseModel):
     id: str

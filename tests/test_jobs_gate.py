@@ -1,0 +1,126 @@
+"""A new version takes an alias over only if it is surely better on the same rows, and the job says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.jobs.gate import compare
+from app.train.metrics import paired_interval
+from tests.api_harness import Harness
+from tests.fake_engine import Call
+from tests.jobs_harness import Jobs, fast_jobs
+
+GOOD, BAD = 0.75, 0.25  # contents of prompts, told apart by the engine below
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    fast_jobs(monkeypatch)
+    harness = Harness.create(tmp_path / "prompts")
+    positive = harness.tokens("positive")
+
+    def logprobs(tokens: list[int]) -> list[float]:
+        return [-0.1 if tokens == positive else -1.0] * len(tokens)
+
+    def scale(call: Call) -> float:
+        """Behind the good prompt rows with an odd number are positive, behind the bad one those with an even number."""
+        assert call.prompt is not None
+        odd = int(harness.base.tokenizer.decode(call.token_ids).split()[1]) % 2
+        good = float(call.prompt.tensor[0, 0]) == GOOD
+        return 1.0 if bool(odd) == good else -1.0
+
+    harness.engine.logprobs, harness.engine.scale = logprobs, scale
+    with harness.client() as client:
+        yield Jobs(harness, client)
+
+
+def run(jobs: Jobs, content: float, **tuning: Any) -> dict[str, Any]:
+    body = {"type": "prompt_tuning", "prompt_tuning": {"description": f"step content:{content}", **tuning}}
+    job = jobs.until(jobs.create(method=body), "succeeded", "failed")
+    assert job["status"] == "succeeded", job
+    return job
+
+
+def test_better_moves_it_and_worse_does_not(jobs: Jobs) -> None:
+    registry = jobs.harness.registry
+    first = run(jobs, BAD)
+    assert first["gate"]["moved"] and first["metrics"]["soft_prompt"]["accuracy"] == 0.0
+    better = run(jobs, GOOD)
+    assert better["metrics"]["soft_prompt"] == {"accuracy": 1.0, "macro_f1": 1.0}
+    gate = better["gate"]
+    assert gate["moved"] and (gate["score"], gate["current"], gate["current_score"]) == (1.0, "mood:1", 0.0)
+    assert gate["interval"] == [1.0, 1.0] and gate["rows"] == 10 and "better than mood:1" in gate["reason"]
+    assert registry.resolve("mood").number == 2
+    worse = run(jobs, BAD + 0.125)
+    assert not worse["gate"]["moved"] and "worse than mood:2" in worse["gate"]["reason"]
+    assert worse["fine_tuned_model"] == "mood:3" and registry.resolve("mood").number == 2
+    same = run(jobs, GOOD)
+    assert not same["gate"]["moved"] and "same content" in same["gate"]["reason"]
+    assert any("was not moved" in message for message in jobs.messages(worse))
+    forced = run(jobs, BAD + 0.0625, gate=False)
+    assert forced["gate"]["moved"] and registry.resolve("mood").reference == forced["fine_tuned_model"]
+    assert jobs.harness.num_pins == 0
+
+
+def test_no_alias_and_canaries(jobs: Jobs) -> None:
+    registry = jobs.harness.registry
+    job = run(jobs, BAD, alias="")
+    assert job["gate"] is None and not registry.task("mood").aliases
+    run(jobs, GOOD, alias="latest")
+    etag = registry.task("mood").aliases["latest"].etag
+    registry.move_alias("mood", "latest", {1: 0.5, 2: 0.5}, expected=etag)
+    job = run(jobs, GOOD + 0.125)
+    assert not job["gate"]["moved"] and "canary" in job["gate"]["reason"]
+    assert registry.task("mood").aliases["latest"].target.is_split
+
+
+def test_an_alias_that_is_moved_meanwhile_stays_where_it_is(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(jobs, BAD)
+    registry = jobs.harness.registry
+    publish = registry.publish
+
+    def move_first(*args: Any, **options: Any) -> Any:
+        registry.move_alias("mood", "latest", {1: 0.5, 2: 0.5}, expected=registry.task("mood").aliases["latest"].etag)
+        registry.move_alias("mood", "latest", 2, expected=registry.task("mood").aliases["latest"].etag)
+        return publish(*args, **options)
+
+    jobs.harness.publish("mood", 0.0)
+    etag = registry.task("mood").aliases["latest"].etag
+    registry.move_alias("mood", "latest", 1, expected=etag)
+    monkeypatch.setattr(registry, "publish", move_first)
+    job = run(jobs, GOOD)
+    assert not job["gate"]["moved"] and "moved while" in job["gate"]["reason"]
+    assert registry.resolve("mood").number == 2 and job["fine_tuned_model"] == "mood:3"
+
+
+def test_a_version_that_cannot_be_scored_keeps_its_alias(jobs: Jobs) -> None:
+    run(jobs, BAD)
+    jobs.harness.registry._forget(jobs.harness.registry.resolve("mood"))
+    path = jobs.harness.settings.registry / "mood/versions/1/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    job = run(jobs, GOOD)
+    assert not job["gate"]["moved"] and job["gate"]["reason"].startswith("mood:1 cannot be scored")
+
+
+def test_an_interval_that_holds_zero_is_not_enough() -> None:
+    targets = ["a"] * 20
+    one_better = compare("latest", "t:1", ["a"] * 20, ["a"] * 19 + ["b"], targets, labels=True, seed=0)
+    assert not one_better.moved and one_better.score == 1.0 and one_better.current_score == 0.95
+    assert "not surely better" in one_better.reason
+    half_better = compare("latest", "t:1", ["a"] * 20, ["a"] * 10 + ["b"] * 10, targets, labels=True, seed=0)
+    assert half_better.moved and half_better.interval is not None and half_better.interval[0] > 0
+    text = compare("latest", "t:1", ["a b c d"], ["a b x y"], ["a b c d"], labels=False, seed=0)
+    assert text.metric == "rouge_l" and (text.score, text.current_score) == (1.0, 0.5)
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    """Of 400 differences of standard deviation 1 it is about 1.96 / 20 wide to each side."""
+    differences = [1.0, -1.0] * 200
+    low, high = paired_interval(differences)
+    assert low == pytest.approx(-0.098, abs=0.02) and high == pytest.approx(0.098, abs=0.02)
+    assert paired_interval(differences) == (low, high) != paired_interval(differences, seed=1)
+    assert paired_interval([0.25] * 7) == (0.25, 0.25)
