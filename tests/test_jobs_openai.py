@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from app.config import Settings
 from app.engine.local import LocalEngine
+from app.jobs import Job
 from app.main import create_app
 from app.registry import Registry, Store
+from app.registry.log import sha256
 from tests.api_harness import Harness, wait_until
-from tests.jobs_harness import jsonl
+from tests.jobs_harness import fast_jobs, jsonl
+from tests.test_train_worker import prepared, run
 from tests.tiny import tiny_base
 
 # Enough steps to be killed between them.
@@ -66,46 +68,57 @@ def pids(folder: Path) -> list[int]:
     return found
 
 
-def finished(client: OpenAI, job_id: str) -> Any:
-    done = ("succeeded", "failed", "cancelled")
-    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status in done, 200)
-    return client.fine_tuning.jobs.retrieve(job_id)
-
-
 @pytest.mark.slow
-def test_from_a_file_to_an_answer_through_a_kill(harness: Harness, client: OpenAI) -> None:
+@pytest.mark.timeout(600)
+def test_from_a_file_to_an_answer_through_a_kill(harness: Harness, client: OpenAI, tmp_path: Path) -> None:
     file = client.files.create(file=("rows.jsonl", jsonl(ROWS)), purpose="fine-tune")
     assert (file.purpose, file.filename, file.bytes) == ("fine-tune", "rows.jsonl", len(jsonl(ROWS)))
     assert client.files.wait_for_processing(file.id).status == "processed"
     assert client.files.content(file.id).read() == jsonl(ROWS)
-    found = []
-    for task in ("killed", "undisturbed"):
-        job = client.fine_tuning.jobs.create(
-            model="tiny-llama", training_file=file.id, suffix=task, seed=7, method=METHOD, metadata={"a": "b"}
-        )
-        folder = harness.settings.training_folder / "jobs" / job.id
-        if task == "killed":
-            state = folder / "work/out/checkpoint/state.safetensors"
-            wait_until(lambda: state.exists(), 200)  # noqa: B023
-            time.sleep(0.2)
-            [worker] = pids(folder / "lease")
-            os.kill(worker, signal.SIGKILL)
-        job = finished(client, job.id)
-        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=3)]
-        assert job.status == "succeeded", messages
-        assert messages[0] == "The job has successfully completed"
-        found.append(job)
-    killed, undisturbed = (job.to_dict() for job in found)
-    events = list(client.fine_tuning.jobs.list_events(found[0].id, limit=2))  # of several pages
+    job = client.fine_tuning.jobs.create(
+        model="tiny-llama", training_file=file.id, suffix="mood", seed=7, method=METHOD, metadata={"a": "b"}
+    )
+    folder = harness.settings.training_folder / "jobs" / job.id
+    state = folder / "work/out/checkpoint/state.safetensors"
+    wait_until(lambda: state.exists(), 200)
+    options = vars(Job.from_json((folder / "job.json").read_bytes()).options)
+    [worker] = pids(folder / "lease")
+    os.kill(worker, signal.SIGKILL)
+    done = ("succeeded", "failed", "cancelled")
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status in done, 200)
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))  # of several pages
+    assert job.status == "succeeded", events
+    assert events[0].message == "The job has successfully completed"
     assert any("started again: the worker ended with status -9" in event.message for event in events)
     assert sum(event.type == "metrics" for event in events) >= 4
-    assert killed["metrics"] == undisturbed["metrics"] and killed["trained_tokens"] == undisturbed["trained_tokens"]
-    versions = [harness.registry.resolve(job.fine_tuned_model) for job in found]
-    assert versions[0].files["adapter_model.safetensors"] == versions[1].files["adapter_model.safetensors"]
-    assert versions[0].manifest.lineage["best_validation_loss"] == versions[1].manifest.lineage["best_validation_loss"]
-    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(found[0].id)
-    assert checkpoint.fine_tuned_model_checkpoint == found[0].fine_tuned_model == "killed:1"
-    reply = client.completions.create(model="killed", prompt="the red wall 3:", max_tokens=8, temperature=0)
+    assert job.fine_tuned_model == "mood:1" and job.trained_tokens and job.metadata == {"a": "b"}
+    run(prepared(tmp_path / "undisturbed", rows=ROWS, seed=7, options=options))
+    undisturbed = (tmp_path / "undisturbed/work/out/adapter_model.safetensors").read_bytes()
+    assert harness.registry.resolve("mood").files["adapter_model.safetensors"] == sha256(undisturbed)
+    [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.fine_tuned_model_checkpoint == "mood:1" and checkpoint.metrics.valid_loss
+    reply = client.completions.create(model="mood", prompt="the red wall 3:", max_tokens=8, temperature=0)
     assert reply.choices[0].text
-    assert {job.id for job in client.fine_tuning.jobs.list(limit=1)} == {job.id for job in found}
+    with pytest.raises(BadRequestError):
+        client.fine_tuning.jobs.cancel(job.id)
+    assert [item.id for item in client.fine_tuning.jobs.list(limit=1)] == [job.id]
     assert client.files.delete(file.id).deleted and file.id not in [item.id for item in client.files.list()]
+
+
+def test_pause_resume_and_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_jobs(monkeypatch)
+    harness = Harness.create(tmp_path / "prompts")
+    with harness.listening() as server:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            jobs = client.fine_tuning.jobs
+            file = client.files.create(file=("rows.jsonl", jsonl(ROWS)), purpose="fine-tune")
+            method: Any = {"type": "prompt_tuning", "prompt_tuning": {"description": "step hold"}}
+            job = jobs.create(model="tiny-llama", training_file=file.id, method=method)
+            wait_until(lambda: jobs.retrieve(job.id).status == "running")
+            assert jobs.pause(job.id).to_dict()["status"] == "paused"
+            assert jobs.resume(job.id).status == "queued"
+            wait_until(lambda: jobs.retrieve(job.id).status == "running")
+            assert jobs.cancel(job.id).status == "cancelled"
+            assert list(jobs.checkpoints.list(job.id)) == []

@@ -140,7 +140,7 @@ def test_uploads(client: TestClient) -> None:
     assert send(**{"expires_after[seconds]": "9"}).status_code == 400
     assert client.post("/v1/files", json={}).status_code == 415
     assert client.post("/v1/files", files={"file": b"{}"}).json()["error"]["param"] == "purpose"
-    for name in ("../../../etc/passwd", "a\nb", "<script>", "x" * 5_000, "né.jsonl", "a;b"):
+    for name in ("../../../etc/passwd", "a\nb", "<script>", "x" * 1_000, "né.jsonl", "a;b"):
         reply = send((name, b"{}"))
         assert reply.status_code == 200, (name, reply.text)
         found = reply.json()

@@ -71,7 +71,7 @@ class JobRequest(Strict):
     model: Annotated[str, Field(min_length=1, max_length=200, description="The base model's id, or a reference")]
     training_file: Id
     validation_file: Id | None = None
-    suffix: Annotated[str | None, Field(max_length=64, description="The task to publish to")] = None
+    suffix: Annotated[str | None, Field(min_length=1, max_length=64, description="The task to publish to")] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None
     metadata: Annotated[
         dict[
