@@ -130,7 +130,7 @@ def test_no_other_spelling_gets_further(client: TestClient, roles: dict[str, dic
             known = f"{method} {path}"
             if ALLOWED.get(known) is ANYBODY:
                 continue
-            for role in ("nobody", "aliases:write"):
+            for role in ("nobody", "generate"):
                 if known in ALLOWED and role in ALLOWED[known] or (role != "nobody" and "/models" in path):
                     continue
                 reply = client.request(method, f"http://livez{spelling}", headers=roles[role] | override)

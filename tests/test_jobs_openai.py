@@ -113,7 +113,8 @@ def test_pause_resume_and_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         url = f"http://127.0.0.1:{server.port}/v1"
         with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             jobs = client.fine_tuning.jobs
-            file = client.files.create(file=("rows.jsonl", jsonl(ROWS)), purpose="fine-tune")
+            rows = [{"input": row["prompt"], "target": row["completion"]} for row in ROWS]
+            file = client.files.create(file=("rows.jsonl", jsonl(rows)), purpose="fine-tune")
             method: Any = {"type": "prompt_tuning", "prompt_tuning": {"description": "step hold"}}
             job = jobs.create(model="tiny-llama", training_file=file.id, method=method)
             wait_until(lambda: jobs.retrieve(job.id).status == "running")

@@ -139,19 +139,26 @@ def test_training_learns_and_publishes_what_peft_reads(
     assert total / count == pytest.approx(report.best_validation_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("step", [2, 3, 4, 11])
-def test_a_killed_run_resumes_to_the_same_result(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, step: int
+def test_a_run_that_ended_early_resumes_to_the_same_result(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, step: int, how: str
 ) -> None:
     whole = run(llama, tokenizer, tmp_path / "whole")
     parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        run(llama, tokenizer, parts, on_progress=stop_after(step))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+
+        def end(progress: Progress) -> None:
+            if how == "killed" and progress.step == step:  # then nothing is written any more
+                patch.setattr("app.train.trainer.save_checkpoint", lambda *_: None)
+            stop_after(step)(progress)
+
+        run(llama, tokenizer, parts, on_progress=end)
     (parts / "checkpoint" / "state.safetensors.new").write_bytes(b"half a fi")  # killed in a write
     steps: list[int] = []
     resumed = run(llama, tokenizer, parts, on_progress=lambda p: steps.append(p.step))
 
-    saved = max(s for s in (0, 3, 4, 6, 8, 9, 12) if s <= step)
+    saved = step if how == "stopped" else max(s for s in (0, 3, 4, 6, 8, 9, 12) if s <= step)
     assert steps == list(range(saved + 1, RECIPE.max_steps + 1))
     first, second = whole.as_dict(), resumed.as_dict()
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
