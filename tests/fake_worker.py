@@ -95,6 +95,8 @@ for word in script:
             os.close(os.open(place, os.O_CREAT | os.O_EXCL))
             time.sleep(0.05)
             place.unlink()
+        case "nap":
+            time.sleep(0.02)
         case "silent":
             time.sleep(1000)
         case "chatter":

@@ -180,8 +180,9 @@ def test_how_a_job_ended_is_written_as_soon_as_the_disk_takes_it(
     monkeypatch.setattr(FileSystem, "rename", refuse)
     with harness.client() as client:
         jobs = Jobs(harness, client)
-        job = jobs.until(jobs.create(script="step fail"), "failed")
+        job = jobs.until(jobs.create(script="note step fail"), "failed")
         assert job["error"]["code"] == "training_failed" and left == 0
+        assert len((jobs.folder(job) / "pids").read_text().split()) == 1, "it was not done again for that"
 
 
 def test_damaged_records_cost_themselves_only(tmp_path: Path) -> None:

@@ -117,6 +117,16 @@ def test_cancel(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, state: str, worker:
     assert again.status_code == 400 and again.json()["error"]["code"] == "invalid_job_state"
 
 
+def test_a_cancelled_job_is_never_published_even_if_nobody_looks(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs.create(script="note step nap " + "nap " * 30)
+    jobs.wait(job, lambda found: found["step"] == 1)
+    monkeypatch.setattr("app.jobs.run.POLL", 60.0)
+    assert jobs.ask(job, "cancel").status_code == 200
+    gone(int((jobs.folder(job) / "pids").read_text()))
+    wait_until(lambda: not (jobs.folder(job) / "work").exists())
+    assert jobs.get(job)["status"] == "cancelled" and jobs.harness.registry.tasks() == []
+
+
 def test_pause_and_resume(jobs: Jobs) -> None:
     job = jobs.create(script="note step once:hold step")
     jobs.wait(job, lambda found: found["step"] == 1)
