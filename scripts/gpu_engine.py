@@ -127,13 +127,14 @@ def compare(report: Report, label: str, model: Any, rows: list[Any], rounds: lis
             max_new_tokens=NEW,
             pad_token_id=0,
         )[0].tolist()
-        for found in (each[i] for each in rounds):
-            same += found == generated
+        answered = [tuple(each[i]) for each in rounds]
+        same += answered.count(tuple(generated))
+        for found in dict.fromkeys(answered):
             if len(found) != NEW:
                 report.check(label, False, f"an answer of {len(found)} tokens")
                 return
-            own.append(answer_logits(model, prompt, text, found))
-            truth.append(answer_logits(exact, prompt, text, found))
+            own.append(answer_logits(model, prompt, text, list(found)))
+            truth.append(answer_logits(exact, prompt, text, list(found)))
             chosen = truth[-1].gather(1, torch.tensor(found, device=model.device)[:, None])[:, 0]
             gaps.append((truth[-1].max(dim=1).values, chosen))
     total = len(rows) * len(rounds)

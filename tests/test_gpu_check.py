@@ -33,9 +33,10 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Toy shapes, and one model only."""
-    found = gpu_parity.configurations
+    """Toy shapes, one model only, and no long rows; `test_tiny` has them all."""
+    found, rows = gpu_parity.configurations, gpu_parity.make_rows
     monkeypatch.setattr(gpu_parity, "configurations", lambda machine: {"llama": found(machine)["llama"]})
+    monkeypatch.setattr(gpu_parity, "make_rows", lambda model: rows(model)[:4])
     return Machine(torch.device("cpu"), tiny=True, deadline=INF)
 
 
