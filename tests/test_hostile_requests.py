@@ -165,9 +165,7 @@ def test_wrong_types_in_every_field(client: TestClient) -> None:
         # OpenAI's routes have many fields of the same kinds: each gets a third of the values.
         step = 1 if path in ("/v1/generate", "/v1/classify") else 3
         pairs = [
-            (field, value)
-            for number, field in enumerate(model.model_fields)
-            for value in WRONG[number % step :: step]
+            (field, value) for number, field in enumerate(model.model_fields) for value in WRONG[number % step :: step]
         ]
         for field, value in pairs:
             reply = send(client, "POST", path, dump({**least, field: value}))

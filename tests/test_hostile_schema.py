@@ -94,9 +94,9 @@ def exercise(harness: Harness, count: int) -> Counter[str]:
                     body = [] if streamed else [response_schema_conformance]
                     case.validate_response(reply, checks=[*CHECKS, *server, *body])
                     if streamed and case.path in CHUNKS:
-                        found[f"chunks {case.path}"] += _check_chunks(case.path, reply.content.decode())  # noqa: B023
+                        found[f"chunks {case.path}"] += _check_chunks(case.path, reply.content.decode())
                     if reply.status_code == 200 and case.path in OPENAI:
-                        found[f"200 {case.path}"] += 1  # noqa: B023
+                        found[f"200 {case.path}"] += 1
                     found["late" if late else f"{fits[mode]} {reply.status_code // 100}xx"] += 1  # noqa: B023 (run at once)
 
                 try:

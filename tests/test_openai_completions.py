@@ -262,7 +262,7 @@ def test_stream(harness: Harness, client: TestClient) -> None:
     assert harness.num_pins == 0
 
 
-def test_usage_so_far_in_every_chunk(harness: Harness, client: TestClient) -> None:
+def test_usage_so_far_in_every_chunk(client: TestClient) -> None:
     """guidellm asks for it, and counts tokens by it."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = stream(client, stream_options=options)

@@ -21,7 +21,7 @@ SHIPPED = ("address_parse", "sentiment_mixed")
 BASE = "smollm2-135m-instruct"
 
 # Nothing is fetched: hubs are off for the clients too, and no client reports home.
-OFFLINE = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK")}
+OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK"), "1")
 os.environ.update(OFFLINE)
 
 

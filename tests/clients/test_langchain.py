@@ -21,7 +21,12 @@ FIELDS = "number: 901 | street: Hamlet St | city: Evanston | state: IL | zip: 60
 @pytest.fixture
 def parser(server: Server) -> OpenAI:
     return OpenAI(
-        base_url=server.url, api_key="none", model="address_parse", temperature=0, max_tokens=96, max_retries=0,
+        base_url=server.url,
+        api_key="none",
+        model="address_parse",
+        temperature=0,
+        max_tokens=96,
+        max_retries=0,
         model_kwargs={"stop": ["\n"]},
     )
 

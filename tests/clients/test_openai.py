@@ -210,7 +210,10 @@ def test_timeout_and_retries(client: OpenAI) -> None:
     """A deadline is APITimeoutError or 504; an address where nobody listens is tried again"""
     with pytest.raises(openai.InternalServerError) as late:
         client.completions.create(
-            model=BASE, prompt="x", max_tokens=4000, extra_headers={"X-Request-Timeout": "0.2"},
+            model=BASE,
+            prompt="x",
+            max_tokens=4000,
+            extra_headers={"X-Request-Timeout": "0.2"},
             extra_body={"ignore_eos": True},
         )
     assert late.value.status_code == 504 and late.value.code == "deadline_exceeded"
