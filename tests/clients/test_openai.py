@@ -72,7 +72,7 @@ def test_completion_parameters(client: OpenAI) -> None:
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
     for choice in found.choices:
         assert choice.text.startswith("I ") and choice.logprobs is not None
-        assert choice.logprobs.tokens and "".join(choice.logprobs.tokens) == choice.text
+        assert choice.logprobs.tokens and "".join(choice.logprobs.tokens).startswith(choice.text), "and what ended it"
     again = [client.completions.create(**GREEDY | {"temperature": 1, "seed": 3}).choices[0].text for _ in range(2)]
     assert again[0] == again[1], "the same seed, the same text"
 
