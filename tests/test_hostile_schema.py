@@ -63,6 +63,9 @@ def _check_chunks(path: str, text: str) -> int:
         for choice in chunk["choices"]:
             if path == "/v1/completions":  # its type is that of a whole reply, with a reason to end
                 choice["finish_reason"] = choice["finish_reason"] or "stop"
+                for name, least in (("token_logprobs", 0.0), ("top_logprobs", {})):  # an echo's first token has none
+                    if choice["logprobs"]:
+                        choice["logprobs"][name] = [found or least for found in choice["logprobs"][name]]
         CHUNKS[path].model_validate(chunk, strict=True)
     return len(chunks)
 
