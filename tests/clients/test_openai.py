@@ -122,7 +122,8 @@ def test_chat(client: OpenAI) -> None:
 
 def test_chat_stream(client: OpenAI) -> None:
     """chat.completions.stream, the client's own accumulator"""
-    asked: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}
+    asked: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "max_completion_tokens": 40, "temperature": 0}
+    asked["stop"] = [" "]  # at the length limit the client's accumulator raises LengthFinishReasonError
     with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
         kinds = {event.type for event in stream}
         found = stream.get_final_completion()
