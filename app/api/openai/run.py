@@ -132,7 +132,10 @@ class Run(ABC):
         options = self._body.stream_options
         head = {**self._head, "object": self.chunk_kind}
         with_usage = bool(options and options.include_usage)
-        not_yet = {"usage": None} if with_usage else {}
+        continuous = bool(options and options.continuous_usage_stats)
+
+        def so_far() -> dict[str, Any]:
+            return {"usage": self._answers.usage() if continuous else None} if with_usage else {}
 
         async def relay(index: int) -> None:
             begins = True
@@ -142,7 +145,7 @@ class Run(ABC):
                 begun, begins = begins, False
                 count = self._num_entries(index, piece)
                 for chunk in await _out_of_the_way(count, lambda: self.chunks(index, piece, begins=begun)):
-                    await emit({**head, **chunk, **not_yet})
+                    await emit({**head, **chunk, **so_far()})
 
             await self._answers[index].read(deliver)
 
