@@ -15,7 +15,7 @@ from app.api.concurrency import disconnection, first, together
 from app.api.deadline import DeadlineDep, until
 from app.api.deps import StateDep
 from app.api.lease import Lease, leased
-from app.api.reply import encode, identity, prompt_headers, usage
+from app.api.reply import about_input, encode, identity, prompt_headers, usage
 from app.api.schemas import ClassifyReply, ClassifyRequest, as_list
 from app.errors import InvalidRequest
 from app.registry import Version
@@ -60,15 +60,16 @@ async def classify(
             texts = [texts for texts, _ in work]
             used = usage(list(zip(leases, texts, strict=True)))
 
-            async def score(lease: Lease, text: list[int], targets: list[list[int]]) -> list[list[float]]:
-                found = await lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
+            async def score(lease: Lease, number: int, text: list[int], targets: list[list[int]]) -> list[list[float]]:
+                with about_input(number, len(inputs)):
+                    found = await lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
                 caller.spend(len(text))  # here, because others may fail or never have their turn
                 return found
 
             scores = together(
-                score(lease, text, targets)
+                score(lease, number, text, targets)
                 for lease, (texts, targets) in zip(leases, work, strict=True)
-                for text in texts
+                for number, text in enumerate(texts)
             )
             scored = await first(scores, disconnection(request.receive))
     results = []

@@ -31,7 +31,7 @@ CacheSalt = Annotated[
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
 Input = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
-    Field(description="One text, or several to be answered independently"),
+    Field(description="One text, or several that are answered independently, all by one version, or none of them"),
 ]
 
 
@@ -186,6 +186,7 @@ class TokenLogprob(TopLogprob):
 
 class Output(BaseModel):
     index: int
+    input_index: int | None = None  # where the input is a list: which of it, counted from 0
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     logprobs: list[TokenLogprob] | None = None
