@@ -175,6 +175,8 @@ def _check_manifest(manifest: ManifestInput) -> None:
     for label, count in Counter(manifest.labels).items():
         if count > 1:
             _refuse("invalid_manifest", f"the label {shorten(label)} occurs twice", file=MANIFEST_FILE)
+    if manifest.calibration and not manifest.labels:
+        _refuse("invalid_manifest", "calibration is for a version with labels", file=MANIFEST_FILE)
 
 
 def _check_shapes(config: AdapterConfig, header: SafetensorsHeader, task_id: int, base: BaseInfo) -> None:

@@ -208,6 +208,37 @@ def evaluate(
         out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
 
 
+@app.command()
+def calibrate(
+    reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias: a classifier")],
+    data: Annotated[Path, typer.Option(help="JSONL rows of input and target; never those that it is tested on")],
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+) -> None:
+    """Fit the temperature of a classifier's probabilities and publish it as a new version of the same files.
+
+    Which label is likeliest never changes. `train --classify` has done this with its validation rows already.
+    """
+    settings = Settings.load()
+    from app.cli_train import calibrate_reference
+    from app.train import read_rows
+
+    rows, command = read_rows(data), shlex.join(["softprompt", *sys.argv[1:]])
+    published = asyncio.run(
+        calibrate_reference(
+            reference, rows, settings, _load_base(settings), alias=alias or None, command=command, console=err
+        )
+    )
+    verb = "published" if published.created else "was published before as"
+    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
+    found = published.version.manifest.calibration
+    assert found is not None
+    out.print(
+        f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
+        f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)",
+        highlight=False,
+    )
+
+
 def _load_base(settings: Settings) -> Any:
     import torch
 

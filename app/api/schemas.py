@@ -143,6 +143,13 @@ class ClassifyRequest(Strict):
         list[Label] | None,
         Field(min_length=2, max_length=1_000, description="Labels to choose from; the version's if absent"),
     ] = None
+    calibrated: Annotated[
+        bool | None,
+        Field(
+            description="Whether scores are divided by the version's temperature: by default where it has one for "
+            "these labels; with true it is 400 where it has none"
+        ),
+    ] = None
 
 
 class PromptTokensDetails(BaseModel):
@@ -163,6 +170,7 @@ class Member(BaseModel):
     task: str | None
     version: int | None
     digest: str | None
+    calibrated: bool | None = None  # of a classification
 
 
 class Reply(BaseModel):
@@ -206,6 +214,7 @@ class Classification(BaseModel):
 
 
 class ClassifyReply(Reply):
+    calibrated: bool | None  # null for an ensemble, whose members each say so
     results: list[Classification]
     usage: Usage
 
