@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, cli_keys
-from app.config import Settings
+from app import __version__, cli_doctor, cli_keys
+from app.config import Settings, load_with_sources
 from app.errors import SoftpromptError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,7 +50,7 @@ def root(
 ) -> None:
     """One frozen language model, many soft prompts, chosen per request.
 
-    Settings come from SOFTPROMPT_* variables; options win over them.
+    Settings come from options, SOFTPROMPT_* variables and a .env file in the working directory, in this order.
     """
 
 
@@ -61,9 +61,16 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
+    print_config: Annotated[bool, typer.Option(help="Print every setting and its source, secrets hidden")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --print-config: as JSON")] = False,
 ) -> None:
     """Serve the HTTP API."""
-    settings = Settings.load(host=host, port=port, model=model, registry=registry, insecure=insecure or None)
+    settings, sources = load_with_sources(
+        host=host, port=port, model=model, registry=registry, insecure=insecure or None
+    )
+    if print_config:
+        cli_doctor.print_config(settings, sources, as_json=as_json)
+        return
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
     run(settings)
