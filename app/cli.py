@@ -21,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
 app.add_typer(model_app, name="model")
 app.add_typer(cli_keys.app, name="keys")
+app.command()(cli_doctor.doctor)
 
 out, err = Console(), Console(stderr=True)
 

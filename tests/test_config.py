@@ -168,7 +168,8 @@ def test_what_belongs_to_other_programs_is_left_alone(dotenv: Path) -> None:
 
 def test_what_is_wrong_in_dotenv_is_said_without_repeating_it(dotenv: Path) -> None:
     dotenv.write_text(
-        "SOFTPROMPT_MODLE=x\nSOFTPROMPT_PORT=-1\nsesame, ouvre-toi\nSOFTPROMPT_THREADS\nSOFTPROMPT_API_KEY='sesame ouvre'\n"
+        "SOFTPROMPT_MODLE=x\nSOFTPROMPT_PORT=-1\nsesame, ouvre-toi\nSOFTPROMPT_THREADS\n"
+        "SOFTPROMPT_API_KEY='sesame ouvre'\n"
     )
     with pytest.raises(InvalidSettings) as caught:
         Settings.load()

@@ -20,7 +20,7 @@ LAYERS = [
     {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train", "access"},
     {"api"},
-    {"main", "cli_train", "cli_registry", "cli_keys", "cli_doctor"},
+    {"main", "doctor", "cli_train", "cli_registry", "cli_keys", "cli_doctor"},
     {"cli"},
 ]
 WEB = {
