@@ -13,14 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app import __version__, cli_keys
-from app.config import Settings
+from app import __version__, cli_doctor, cli_keys
+from app.config import Settings, load_with_sources
 from app.errors import SoftpromptError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
 app.add_typer(model_app, name="model")
 app.add_typer(cli_keys.app, name="keys")
+app.command()(cli_doctor.doctor)
 
 out, err = Console(), Console(stderr=True)
 
@@ -50,7 +51,7 @@ def root(
 ) -> None:
     """One frozen language model, many soft prompts, chosen per request.
 
-    Settings come from SOFTPROMPT_* variables; options win over them.
+    Settings come from options, SOFTPROMPT_* variables and a .env file in the working directory, in this order.
     """
 
 
@@ -61,9 +62,16 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
+    print_config: Annotated[bool, typer.Option(help="Print every setting and its source, secrets hidden")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --print-config: as JSON")] = False,
 ) -> None:
     """Serve the HTTP API."""
-    settings = Settings.load(host=host, port=port, model=model, registry=registry, insecure=insecure or None)
+    settings, sources = load_with_sources(
+        host=host, port=port, model=model, registry=registry, insecure=insecure or None
+    )
+    if print_config:
+        cli_doctor.print_config(settings, sources, as_json=as_json)
+        return
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
     run(settings)
@@ -206,6 +214,37 @@ def evaluate(
         print(json.dumps(scores))  # noqa: T201
     else:
         out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
+
+
+@app.command()
+def calibrate(
+    reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias: a classifier")],
+    data: Annotated[Path, typer.Option(help="JSONL rows of input and target; never those that it is tested on")],
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+) -> None:
+    """Fit the temperature of a classifier's probabilities and publish it as a new version of the same files.
+
+    Which label is likeliest never changes. `train --classify` has done this with its validation rows already.
+    """
+    settings = Settings.load()
+    from app.cli_train import calibrate_reference
+    from app.train import read_rows
+
+    rows, command = read_rows(data), shlex.join(["softprompt", *sys.argv[1:]])
+    published = asyncio.run(
+        calibrate_reference(
+            reference, rows, settings, _load_base(settings), alias=alias or None, command=command, console=err
+        )
+    )
+    verb = "published" if published.created else "was published before as"
+    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
+    found = published.version.manifest.calibration
+    assert found is not None
+    out.print(
+        f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
+        f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)",
+        highlight=False,
+    )
 
 
 def _load_base(settings: Settings) -> Any:

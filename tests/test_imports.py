@@ -14,13 +14,13 @@ APP = Path(__file__).resolve().parent.parent / "app"
 # Lower layers first: a module may import its own layer and those before it, never one after it.
 LAYERS = [
     {"errors", "strict_json"},
-    {"text", "soft_prompt", "safetensors_header"},
+    {"text", "soft_prompt", "safetensors_header", "setting_sources"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train", "access"},
     {"api"},
-    {"main", "cli_train", "cli_registry", "cli_keys"},
+    {"main", "doctor", "cli_train", "cli_registry", "cli_keys", "cli_doctor"},
     {"cli"},
 ]
 WEB = {

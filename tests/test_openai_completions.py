@@ -350,6 +350,8 @@ def test_errors_speak_of_the_prompt(harness: Harness, client: TestClient) -> Non
     harness.engine.refuse = (0, ContextLengthExceeded("too long", param="input"))
     error = refused(client)
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    harness.engine.refuse = (0, ContextLengthExceeded("too long", param="input"))
+    assert refused(client, prompt=["a", "b"])["message"] == "prompt[0]: too long"
     harness.engine.refuse = (1, Overloaded("no room"))
     reply = client.post(URL, json={"model": "tiny-llama", "prompt": ["a", "b"], "stream": True})
     assert reply.status_code == 503 and reply.headers["Retry-After"] == "1"

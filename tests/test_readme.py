@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from app import cli
 from app.base_model import BaseModel
-from app.config import Settings, variables
+from app.config import SECRETS, Settings, variables
 from tests.peft_oracle import oracle_generate
 from tests.shipped import PROMPTS, ROOT, SHIPPED
 
@@ -34,6 +34,19 @@ def test_every_setting_stands_in_the_readme_with_its_default() -> None:
         assert row is not None, f"{variable} is missing"
         description = Settings.model_fields[field].description
         assert description and description in row, f"{variable}: README says something else than the class"
+
+
+def test_the_settings_table_has_no_other_rows_and_the_right_defaults() -> None:
+    rows = re.findall(r"^\| `(SOFTPROMPT_\w+)` \| (?:`(.*?)`)? \|", README, re.M)
+    assert [name for name, _ in rows] == list(variables())
+    for name, shown in rows:
+        default = Settings.model_fields[variables()[name]].get_default(call_default_factory=True)
+        if isinstance(default, bool):
+            assert shown == str(default).lower()
+        elif name != "SOFTPROMPT_CACHE_DIR":  # of whoever runs this
+            assert shown == ("" if default in (None, ()) else str(default)), name
+    for secret in SECRETS:
+        assert f"`SOFTPROMPT_{secret.upper()}_FILE`" in README
 
 
 def test_every_command_stands_in_the_readme() -> None:

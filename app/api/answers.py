@@ -12,7 +12,7 @@ from app.access import Caller
 from app.answer import Answer
 from app.api.deps import State
 from app.api.lease import Lease
-from app.api.reply import usage
+from app.api.reply import about_input, usage
 from app.engine import Constraint, SamplingParams
 from app.text import Template
 
@@ -60,8 +60,11 @@ class Answers:
         constraint: Constraint | None,
         **options: Any,
     ) -> None:
-        """The next answer; `options` are `Answer`'s. Raises what `Engine.generate` does."""
-        generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
+        """The next answer; `options` are `Answer`'s. Raises what `Engine.generate` does, naming the text of several."""
+        num_texts = len(self._work[-1][1])
+        number = len(self._answers) // self._samples % num_texts
+        with about_input(number, num_texts):
+            generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
         tokenizer = self._state.base.tokenizer
         self._answers.append(
             Answer(generation, tokenizer, template, stop, min_tokens=params.min_tokens, **options),

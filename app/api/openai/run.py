@@ -233,7 +233,7 @@ def _named_here(names: Mapping[str, str]) -> Iterator[None]:
         old = error.param
         if old is not None and old in names:
             error.param = names[old]
-            if error.message.startswith(f"{old}: "):
+            if error.message.startswith((f"{old}: ", f"{old}[")):
                 error.message = names[old] + error.message.removeprefix(old)
         raise
 
