@@ -61,9 +61,17 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics by vLLM's names too")] = None,
 ) -> None:
     """Serve the HTTP API."""
-    settings = Settings.load(host=host, port=port, model=model, registry=registry, insecure=insecure or None)
+    settings = Settings.load(
+        host=host,
+        port=port,
+        model=model,
+        registry=registry,
+        insecure=insecure or None,
+        metrics_compat=metrics_compat,
+    )
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
     run(settings)

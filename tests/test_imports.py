@@ -14,7 +14,7 @@ APP = Path(__file__).resolve().parent.parent / "app"
 # Lower layers first: a module may import its own layer and those before it, never one after it.
 LAYERS = [
     {"errors", "strict_json"},
-    {"text", "soft_prompt", "safetensors_header"},
+    {"text", "soft_prompt", "safetensors_header", "logs"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
@@ -32,6 +32,9 @@ WEB = {
     "httpx",
     "typer",
     "rich",
+    "prometheus_client",
+    "structlog",
+    "opentelemetry",
 }
 FORBIDDEN = {  # part of the product -> what it must never import, at any depth of its own files
     "engine": WEB | {"tokenizers", "peft", "llguidance"},
