@@ -121,7 +121,7 @@ def create_app(
         # The validator badge would send the schema to another host.
         swagger_ui_parameters={"validatorUrl": None},
     )
-    app.state.readiness = readiness
+    app.state.readiness, app.state.metrics = readiness, metrics
     # The last one is the outermost.
     app.add_middleware(SettleMiddleware)
     if settings.cors_origins:
