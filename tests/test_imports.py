@@ -92,6 +92,14 @@ def test_forbidden(place: str) -> None:
         assert not roots & FORBIDDEN[place], path
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(APP)))
+def test_extras_are_imported_only_where_they_are_asked_for(path: Path) -> None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & {"opentelemetry", "psycopg", "flashinfer"}, path
+
+
 def test_the_engine_runs_without_the_web() -> None:
     """On a GPU machine with torch, transformers and safetensors alone."""
     script = "import sys, app.engine.local; print(*sorted({m.split('.')[0] for m in sys.modules}))"

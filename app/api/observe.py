@@ -51,9 +51,10 @@ class ObserveMiddleware:
             finally:
                 operation = getattr(scope.get("route"), "name", None) or "none"
                 stats.ends(operation, status)
+                seconds = time.monotonic() - began
                 if self._tracing is not None:
-                    self._tracing.describe(operation, stats)
-                _log(scope, operation, stats, status, time.monotonic() - began)
+                    self._tracing.describe(operation, stats, seconds)
+                _log(scope, operation, stats, status, seconds)
 
 
 def _log(scope: Scope, operation: str, stats: RequestStats, status: int, seconds: float) -> None:
