@@ -191,3 +191,10 @@ def test_what_compose_mounts_is_there() -> None:
     provider = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/softprompt.yaml").read_text())
     targets = [volume.split(":")[1] for volume in COMPOSE["services"]["grafana"]["volumes"]]
     assert provider["providers"][0]["options"]["path"] in targets
+
+
+def test_every_metric_stands_in_the_documents(found: Scrape) -> None:
+    text = (DEPLOY.parent / "docs/operations.md").read_text()
+    ours = {re.sub("_(bucket|sum|count)$", "", name) for name in found.names if name.startswith("softprompt_")}
+    missing = [name for name in ours if f"`{name.removeprefix('softprompt_')}`" not in text]
+    assert len(ours) > 20 and not missing
