@@ -1,4 +1,4 @@
-"""deploy/: what it names exists, in /metrics, among the routes, settings and files. Tools hold the rest: make deploy-check."""
+"""deploy/: what it names exists, in /metrics, among the routes, settings and files. make deploy-check has tools."""
 
 from __future__ import annotations
 
