@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CLIENTS ?= .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model run test test-long test-clients check format train bench gpu-check docker-check ci clean
+.PHONY: help setup model run test test-long test-clients check format train bench gpu-check docker-check deploy-check ci clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ gpu-check: ## Check the CUDA path against transformers and time it (a GPU, torch
 
 docker-check: ## Run the Dockerfile's steps without Docker and ask the server one question
 	$(PYTHON) scripts/docker_check.py
+
+deploy-check: setup ## Hold deploy/ to promtool, systemd-analyze and the schemas of Kubernetes and compose
+	$(BIN)/python scripts/deploy_check.py
 
 ci: check test ## What CI runs
 

@@ -62,12 +62,18 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics by vLLM's names too")] = None,
     print_config: Annotated[bool, typer.Option(help="Print every setting and its source, secrets hidden")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --print-config: as JSON")] = False,
 ) -> None:
     """Serve the HTTP API."""
     settings, sources = load_with_sources(
-        host=host, port=port, model=model, registry=registry, insecure=insecure or None
+        host=host,
+        port=port,
+        model=model,
+        registry=registry,
+        insecure=insecure or None,
+        metrics_compat=metrics_compat,
     )
     if print_config:
         cli_doctor.print_config(settings, sources, as_json=as_json)

@@ -123,6 +123,19 @@ class Settings(BaseSettings):
     )
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines on standard error: json or text; auto is text on a terminal, else json"
+    )
+    log_prompts: bool = Field(False, description="Log what the model reads of each request, too")
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="vllm: /metrics also has what vLLM has, by its names"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="OpenTelemetry collector to send traces to (OTLP over HTTP), e.g. http://collector:4318; default: "
+        "that of OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+    )
 
     @classmethod
     def load(cls, **options: Any) -> Settings:

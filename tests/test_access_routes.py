@@ -50,6 +50,7 @@ ALLOWED = {
     "DELETE /v1/tasks/{task}/aliases/{alias}": {"aliases:write", "admin"},
     "POST /v1/tasks/{task}/aliases/{alias}:rollback": {"aliases:write", "admin"},
     "GET /v1/audit": {"admin"},
+    "GET /metrics": {"metrics", "admin"},
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 

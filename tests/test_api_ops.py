@@ -192,6 +192,7 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
         "get /readyz": "readyz",
         "get /health": "health",
         "get /version": "version",
+        "get /metrics": "metrics",
         "get /info": "info",
     }
 

@@ -14,7 +14,7 @@ APP = Path(__file__).resolve().parent.parent / "app"
 # Lower layers first: a module may import its own layer and those before it, never one after it.
 LAYERS = [
     {"errors", "strict_json"},
-    {"text", "soft_prompt", "safetensors_header", "setting_sources"},
+    {"text", "soft_prompt", "safetensors_header", "setting_sources", "logs"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
@@ -32,6 +32,9 @@ WEB = {
     "httpx",
     "typer",
     "rich",
+    "prometheus_client",
+    "structlog",
+    "opentelemetry",
 }
 FORBIDDEN = {  # part of the product -> what it must never import, at any depth of its own files
     "engine": WEB | {"tokenizers", "peft", "llguidance"},
@@ -87,6 +90,14 @@ def test_forbidden(place: str) -> None:
     for path in found:
         roots = {module.split(".")[0] for module in imported(path)}
         assert not roots & FORBIDDEN[place], path
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(APP)))
+def test_extras_are_imported_only_where_they_are_asked_for(path: Path) -> None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & {"opentelemetry", "psycopg", "flashinfer"}, path
 
 
 def test_the_engine_runs_without_the_web() -> None:

@@ -28,6 +28,7 @@ class Answers:
         self._to_pay = False  # once every answer has started, and until it is paid
         self._work: list[tuple[Lease, Sequence[Sequence[int]]]] = []  # the texts behind each lease, as token ids
         self._answers: list[Answer] = []
+        self._leases: list[Lease] = []  # of each answer
 
     def __getitem__(self, index: int) -> Answer:
         return self._answers[index]
@@ -48,6 +49,9 @@ class Answers:
     def read(self, lease: Lease, texts: Sequence[Sequence[int]]) -> None:
         """These texts are read behind the lease, each once however many samples it has."""
         self._work.append((lease, texts))
+        if self._state.settings.log_prompts:
+            tokenizer: Any = self._state.base.tokenizer
+            lease.stats.prompts += [tokenizer.decode(text) for text in texts]
 
     def start(
         self,
@@ -65,10 +69,20 @@ class Answers:
         number = len(self._answers) // self._samples % num_texts
         with about_input(number, num_texts):
             generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
-        tokenizer = self._state.base.tokenizer
+        # The input counts once, however many samples it has.
+        clock = lease.stats.clock(lease.version, 0 if len(self._answers) % self._samples else len(text))
         self._answers.append(
-            Answer(generation, tokenizer, template, stop, min_tokens=params.min_tokens, **options),
+            Answer(
+                generation,
+                self._state.base.tokenizer,
+                template,
+                stop,
+                min_tokens=params.min_tokens,
+                on_token=clock,
+                **options,
+            ),
         )
+        self._leases.append(lease)
 
     def usage(self) -> dict[str, Any]:
         """By now."""
@@ -87,6 +101,13 @@ class Answers:
             if self._to_pay:
                 self._to_pay = False
                 self._caller.spend(self._num_made())
+                self._tell()
+
+    def _tell(self) -> None:
+        for lease, answer in zip(self._leases, self._answers, strict=True):
+            if answer.finish_reason in ("stop", "length"):
+                lease.stats.finishes(lease.version, answer.finish_reason)
+                lease.stats.is_answered = len(lease.stats.finish_reasons) == len(self._answers)
 
     def _num_made(self) -> int:
         """Tokens that were read or written: an input that only waited was neither."""

@@ -13,7 +13,7 @@ from app.api.access import CallerDep
 from app.api.body import JsonRoute
 from app.api.concurrency import disconnection, first, together
 from app.api.deadline import DeadlineDep, until
-from app.api.deps import StateDep
+from app.api.deps import StateDep, get_stats
 from app.api.lease import Lease, leased
 from app.api.reply import about_input, encode, identity, prompt_headers, usage
 from app.api.schemas import ClassifyReply, ClassifyRequest, as_list
@@ -53,20 +53,25 @@ async def classify(
     scores below it. An ensemble's probabilities are the mean of its members', each calibrated for itself (Lester et al.
     2021, section 6).
     """
-    inputs = as_list(body.input)
+    inputs, stats = as_list(body.input), get_stats(request)
     _check_rows(body, state.max_rows)
     with until(deadline):
-        async with leased(state, caller, body.task, user=body.user) as leases:
+        async with leased(state, caller, body.task, stats, user=body.user) as leases:
             labels = _labels(body, [lease.version for lease in leases], len(inputs))
             temperatures = [_temperature(body, lease.version, labels) for lease in leases]
             work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
             texts = [texts for texts, _ in work]
+            if state.settings.log_prompts:
+                stats.prompts = inputs
             used = usage(list(zip(leases, texts, strict=True)))
 
             async def score(lease: Lease, number: int, text: list[int], targets: list[list[int]]) -> list[list[float]]:
                 with about_input(number, len(inputs)):
                     found = await lease.score(state.engine, text, targets, salt=caller.salt(body.cache_salt))
-                caller.spend(len(text))  # here, because others may fail or never have their turn
+                # Here, because others may fail or never have their turn.
+                caller.spend(len(text))
+                stats.reads(lease.version, len(text))
+                stats.finishes(lease.version, "scored")
                 return found
 
             scores = together(
@@ -75,6 +80,7 @@ async def classify(
                 for number, text in enumerate(texts)
             )
             scored = await first(scores, disconnection(request.receive))
+            stats.is_answered = True
     results = []
     for index in range(len(inputs)):
         scores_by_member = [[math.fsum(tokens) for tokens in logprobs] for logprobs in scored[index :: len(inputs)]]

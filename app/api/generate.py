@@ -18,7 +18,7 @@ from app.api.body import JsonRoute
 from app.api.concurrency import together
 from app.api.deadline import DeadlineDep, until
 from app.api.delivery import deliver
-from app.api.deps import State, StateDep
+from app.api.deps import State, StateDep, get_stats
 from app.api.lease import Lease, leased
 from app.api.logprobs import logprob_entries, num_entries
 from app.api.reply import encode, identity, prompt_headers
@@ -79,7 +79,7 @@ async def generate(
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     with until(deadline):
-        async with leased(state, caller, body.task, user=body.user) as leases:
+        async with leased(state, caller, body.task, get_stats(request), user=body.user) as leases:
             run = await _Run.start(state, caller, leases, body)
         headers, timeout = prompt_headers(leases), state.settings.send_timeout
         return await deliver(run, request, stream=body.stream, send_timeout=timeout, deadline=deadline, headers=headers)

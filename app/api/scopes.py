@@ -40,6 +40,7 @@ NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "delete_alias": "aliases:write",
     "roll_back_alias": "aliases:write",
     "list_audit": "admin",
+    "metrics": "metrics",
 }
 
 # Those of starlette, which know no dependencies: the schema, and the files of its page.

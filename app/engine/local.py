@@ -231,18 +231,23 @@ class LocalEngine:
 
     def stats(self) -> EngineStats:
         """Counters read without a lock: each is right, together they may be a step apart."""
+        core = self._core
+        blocks, scheduler = core.blocks, core.scheduler
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_total=self._blocks.num_usable_blocks,
-            kv_blocks_used=self._blocks.num_used_blocks,
-            prefixes=self._blocks.num_prefixes,
-            prefix_loads=self._core.num_loads,
-            prefixes_in_host_memory=len(self._core.runner.host),
-            host_bytes=self._core.runner.host.num_bytes,
-            prefix_evictions=self._blocks.num_evictions,
-            preemptions=self._scheduler.num_preemptions,
-            steps=self._core.num_steps,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=blocks.num_usable_blocks,
+            kv_blocks_used=blocks.num_used_blocks,
+            prefixes=blocks.num_prefixes,
+            prefix_loads=core.num_loads,
+            prefix_evictions=blocks.num_evictions,
+            prefix_bytes=blocks.num_soft_prompt_blocks * self._cache.block_bytes,
+            queried_tokens=scheduler.num_queried_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            prefixes_in_host_memory=len(core.runner.host),
+            host_bytes=core.runner.host.num_bytes,
+            preemptions=scheduler.num_preemptions,
+            steps=core.num_steps,
             ready=self._open,
             given_up=self._restarts.exhausted,
             restarts=self._restarts.count,
@@ -324,7 +329,9 @@ class LocalEngine:
             return False
         if self._stopping.wait(delay):
             return False
-        self._core = self._new_core()
+        core = self._new_core()
+        core.count_on_from(self._core)
+        self._core = core
         with self._door:
             if self._stopping.is_set():
                 return False

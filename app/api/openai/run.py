@@ -20,7 +20,7 @@ from app.api.answers import Answers
 from app.api.concurrency import together
 from app.api.deadline import until
 from app.api.delivery import deliver
-from app.api.deps import State
+from app.api.deps import State, get_stats
 from app.api.generate import MAX_ENTRIES_HERE
 from app.api.lease import Lease, leased
 from app.api.logprobs import num_entries
@@ -198,7 +198,7 @@ async def respond(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: only with stream", param="stream_options")
     with until(deadline), _named_here({"input": prompt_field, "prompt_logprobs": "logprobs"}):
-        async with leased(state, caller, body.model, user=body.user) as [lease]:
+        async with leased(state, caller, body.model, get_stats(request), user=body.user) as [lease]:
             running = run(lease)
             await running.start()
         headers = prompt_headers([lease]) | ({HEADER: ", ".join(ignored)} if ignored else {})
