@@ -18,9 +18,11 @@ LAYERS = [
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
-    {"train", "access"},
+    {"train", "access", "client"},
     {"api"},
-    {"main", "cli_train", "cli_registry", "cli_keys"},
+    {"cli_output"},
+    {"main", "cli_train", "cli_registry", "cli_keys", "cli_server", "cli_errors"},
+    {"cli_ask", "cli_batch", "cli_bench", "cli_tasks", "cli_alias"},
     {"cli"},
 ]
 WEB = {
@@ -39,6 +41,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
     "engine/waiting": {"torch", "transformers", "numpy"},
+    "client": {"torch", "transformers", "numpy", "fastapi", "starlette", "typer", "rich"},
     "access": WEB | {"torch", "transformers"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
