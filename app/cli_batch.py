@@ -64,12 +64,14 @@ def batch(
     def make(row: dict[str, Any]) -> Request:
         return _request(row, task, options)
 
+    kind = "classify" if classify else "generate"
+
     with ExitStack() as stack:
         lines = stack.enter_context(_opened(source))
 
         def rows() -> Iterator[Row]:
             lines.seek(0)
-            return read_rows(lines, make)
+            return read_rows(lines, make, kind)
 
         answers: Answers
         if target == "-":

@@ -38,8 +38,8 @@ class Row:
         return {"line": self.line, **named, **found, "request": self.key}
 
 
-def read_rows(lines: Iterable[bytes], make: Callable[[dict[str, Any]], Request]) -> Iterator[Row]:
-    """A row for each line that is not blank; `make` may raise InvalidRow."""
+def read_rows(lines: Iterable[bytes], make: Callable[[dict[str, Any]], Request], kind: str = "") -> Iterator[Row]:
+    """A row for each line that is not blank; `make` may raise InvalidRow. `kind` is what is asked of them all."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -55,7 +55,7 @@ def read_rows(lines: Iterable[bytes], make: Callable[[dict[str, Any]], Request])
         except ValueError:  # UnicodeDecodeError too
             yield Row(number, _key(line), problem="the line is no JSON in UTF-8")
         else:
-            yield Row(number, _key(json.dumps(request, sort_keys=True).encode()), request, id=row_id)
+            yield Row(number, _key(json.dumps([kind, request], sort_keys=True).encode()), request, id=row_id)
 
 
 class Answers(Protocol):
@@ -168,11 +168,12 @@ class AnswerFile:
                     break
                 if not isinstance(found, dict) or not {"line", "request"} <= found.keys():
                     raise typer.BadParameter(f"{self._path} is not the output of a batch")
-                if not line.endswith(b"\n"):
+                whole = line.rstrip(b"\n") + b"\n"
+                places[found["line"]] = _Place(start, len(whole), found["request"], "error" in found)
+                start += len(whole)
+                if whole != line:
                     self._file.write(b"\n")
-                    line += b"\n"
-                places[found["line"]] = _Place(start, len(line), found["request"], "error" in found)
-                start += len(line)
+                    break
         return places
 
 
