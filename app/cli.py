@@ -59,7 +59,7 @@ def root(
     """
 
 
-@app.command()
+@app.command(epilog="Example: softprompt serve --port 8080")
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on")] = None,
@@ -74,7 +74,7 @@ def serve(
     run(settings)
 
 
-@model_app.command()
+@model_app.command(epilog="Example: softprompt model pull")
 def pull(as_json: AsJson = False) -> None:
     """Fetch and convert the base model into the cache, once."""
     settings = Settings.load()
@@ -87,7 +87,7 @@ def pull(as_json: AsJson = False) -> None:
         write(path)
 
 
-@model_app.command()
+@model_app.command(epilog="Example: softprompt model show --json")
 def show(as_json: AsJson = False) -> None:
     """Name, fingerprint and dimensions of the base model."""
     base = _load_base(Settings.load())
@@ -105,7 +105,7 @@ def show(as_json: AsJson = False) -> None:
     out.print(table)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt train mood --data examples/data/sentiment_mixed --classify")
 def train(
     task: Task,
     data: Data,
@@ -172,7 +172,7 @@ def train(
         write_json(_published(published))
 
 
-@app.command("import")
+@app.command("import", epilog="Example: softprompt import mood out/mood")
 def import_folder(
     task: Task,
     folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts")],
@@ -193,7 +193,7 @@ def import_folder(
     write(f"{verb} {published.version.reference}  {published.version.digest}")
 
 
-@app.command()
+@app.command(epilog="Example: softprompt export mood:1 out/mood")
 def export(
     reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias")],
     folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty")],
@@ -210,7 +210,7 @@ def export(
         write("\n".join(paths))
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: softprompt eval mood --data examples/data/sentiment_mixed/test.jsonl")
 def evaluate(
     reference: Annotated[str, typer.Argument(help="task, task:7, task@alias, or the base model's name")],
     data: Annotated[Path, typer.Option(help="JSONL rows of input and target")],

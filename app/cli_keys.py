@@ -22,7 +22,7 @@ _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys create alice --scope generate --task 'support-*' --rpm 600 --expires 30d")
 def create(
     name: Annotated[str, typer.Argument(help="What you call it")],
     scope: Annotated[
@@ -66,7 +66,7 @@ def create(
         write(secret)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: softprompt keys list")
 def list_keys(as_json: AsJson = False) -> None:
     """Keys by age, with what they used today."""
     from app.access import KeyStore
@@ -104,7 +104,7 @@ def list_keys(as_json: AsJson = False) -> None:
     out.print(table, markup=False)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys revoke key_...")
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="key_...")], as_json: AsJson = False) -> None:
     """Revoke a key, at once and for ever. Running servers know within two seconds."""
     from app.access import KeyStore
@@ -121,7 +121,7 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="key_...")],
         err.print(f"{key_id} is revoked")
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys audit --limit 20")
 def audit(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="So many of the newest entries")] = 100,
     as_json: AsJson = False,

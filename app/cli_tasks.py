@@ -71,11 +71,9 @@ def show(reference: Reference, url: Url = None, api_key: ApiKey = None, as_json:
 @app.command(epilog="Example: softprompt push mood out/mood --alias staging")
 def push(
     task: TaskName,
-    folder: Annotated[
-        Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts", exists=True)
-    ],
+    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
-    manifest: Annotated[Path | None, typer.Option(help="manifest.json to send instead", exists=True)] = None,
+    manifest: Annotated[Path | None, typer.Option(help="manifest.json to send instead")] = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,

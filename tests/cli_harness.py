@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from app import cli
+
+COMMAND = get_command(cli.app)  # built once: it takes longer than most commands
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ LAYERS = [
     {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train", "access", "client"},
     {"api"},
-    {"cli_output"},
+    {"cli_output", "cli_rows"},
     {"main", "cli_train", "cli_registry", "cli_keys", "cli_server", "cli_errors"},
     {"cli_ask", "cli_batch", "cli_bench", "cli_tasks", "cli_alias"},
     {"cli"},
@@ -103,3 +103,10 @@ def test_keys_are_made_without_a_model() -> None:
     script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}
+
+
+def test_a_server_is_asked_without_a_model() -> None:
+    """So that `softprompt list` is there at once."""
+    script = "import sys, app.cli, app.client; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi", "starlette", "numpy", "sqlalchemy"}
