@@ -1,47 +1,52 @@
-"""The command line: serve, model, train, eval, import, export, keys."""
+"""The command line: its entry point, and the commands that work without a server."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from app import __version__, cli_doctor, cli_keys
+from app import __version__, cli_alias, cli_ask, cli_batch, cli_bench, cli_doctor, cli_errors, cli_keys, cli_tasks
+from app.cli_output import AsJson, err, out, say, warn, write, write_json
 from app.config import Settings, load_with_sources
-from app.errors import SoftpromptError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=cli_errors.EPILOG)
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
+for module in (cli_ask, cli_batch, cli_tasks, cli_alias, cli_bench):
+    app.add_typer(module.app)
 app.add_typer(model_app, name="model")
 app.add_typer(cli_keys.app, name="keys")
 app.command()(cli_doctor.doctor)
-
-out, err = Console(), Console(stderr=True)
 
 Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
 Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.jsonl, test.jsonl), or one JSONL file")]
 
 
 def main() -> None:
-    """Entry point: errors of ours are one readable line and exit code 1."""
+    """Entry point: whatever goes wrong is one readable line, or with --json one document, and an exit code."""
+    as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     try:
-        app()
-    except SoftpromptError as error:
-        err.print(f"[red]error[/red] ({error.code}): ", end="")
-        err.print(error.message, markup=False, highlight=False)
-        sys.exit(1)
+        code = app(standalone_mode=False)  # else typer would draw a box around wrong options
+    except typer.Abort:
+        say("nothing was done")
+        code = cli_errors.FAILED
+    except Exception as error:
+        if not cli_errors.is_known(error):
+            raise
+        cli_errors.report(error, as_json=as_json)
+        code = cli_errors.exit_code(error)
+    sys.exit(code)
 
 
 def _version(show: bool) -> None:
     if show:
-        out.print(__version__)
+        write(__version__)
         raise typer.Exit
 
 
@@ -55,7 +60,7 @@ def root(
     """
 
 
-@app.command()
+@app.command(epilog="Example: softprompt serve --port 8080")
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on")] = None,
@@ -83,17 +88,21 @@ def serve(
     run(settings)
 
 
-@model_app.command()
-def pull() -> None:
+@model_app.command(epilog="Example: softprompt model pull")
+def pull(as_json: AsJson = False) -> None:
     """Fetch and convert the base model into the cache, once."""
     settings = Settings.load()
     from app.model_source import fetch_base_model
 
-    out.print(str(fetch_base_model(settings.model, cache_dir=settings.cache_dir)), highlight=False, soft_wrap=True)
+    path = str(fetch_base_model(settings.model, cache_dir=settings.cache_dir))
+    if as_json:
+        write_json({"path": path})
+    else:
+        write(path)
 
 
-@model_app.command()
-def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False) -> None:
+@model_app.command(epilog="Example: softprompt model show --json")
+def show(as_json: AsJson = False) -> None:
     """Name, fingerprint and dimensions of the base model."""
     base = _load_base(Settings.load())
     facts: dict[str, Any] = vars(base.info) | {
@@ -102,7 +111,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = F
         "path": str(base.path),
     }
     if as_json:
-        print(json.dumps(facts))  # noqa: T201  # rich would wrap it
+        write_json(facts)
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -110,7 +119,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = F
     out.print(table)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt train mood --data examples/data/sentiment_mixed --classify")
 def train(
     task: Task,
     data: Data,
@@ -133,6 +142,7 @@ def train(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
     out_dir: Annotated[Path | None, typer.Option(help="Working folder; default: in the cache folder")] = None,
     baselines: Annotated[bool, typer.Option(help="Also score the base model without a soft prompt")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Train a soft prompt, score it on the test rows and publish it in the registry folder.
 
@@ -170,44 +180,55 @@ def train(
         command=shlex.join(["softprompt", *sys.argv[1:]]),
     )
     work = out_dir or settings.cache_dir / "training" / task
-    train_and_publish(job, settings, _load_base(settings), work, alias=alias or None, baselines=baselines, console=err)
+    base = _load_base(settings)
+    published = train_and_publish(job, settings, base, work, alias=alias or None, baselines=baselines, console=err)
+    if as_json:
+        write_json(_published(published))
 
 
-@app.command("import")
+@app.command("import", epilog="Example: softprompt import mood out/mood")
 def import_folder(
     task: Task,
     folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+    as_json: AsJson = False,
 ) -> None:
     """Publish a PEFT folder in the registry folder, no server needed."""
     settings = Settings.load()
     from app.cli_registry import import_folder as run
 
     published = run(task, folder, settings, _load_base(settings), alias=alias or None)
+    if as_json:
+        write_json(_published(published))
+        return
     for warning in published.warnings:
-        err.print("[yellow]warning[/yellow]:", warning, markup=True, highlight=False)
+        warn(warning)
     verb = "published" if published.created else "was published before as"
-    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
+    write(f"{verb} {published.version.reference}  {published.version.digest}")
 
 
-@app.command()
+@app.command(epilog="Example: softprompt export mood:1 out/mood")
 def export(
     reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias")],
     folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a version as the PEFT folder that it came from, no server needed."""
     settings = Settings.load()
     from app.cli_registry import export_version
 
-    for path in export_version(reference, folder, settings, _load_base(settings)):
-        out.print(str(path), highlight=False, soft_wrap=True)
+    paths = [str(path) for path in export_version(reference, folder, settings, _load_base(settings))]
+    if as_json:
+        write_json({"files": paths})
+    else:
+        write("\n".join(paths))
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: softprompt eval mood --data examples/data/sentiment_mixed/test.jsonl")
 def evaluate(
     reference: Annotated[str, typer.Argument(help="task, task:7, task@alias, or the base model's name")],
     data: Annotated[Path, typer.Option(help="JSONL rows of input and target")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a published prompt on held-out rows."""
     settings = Settings.load()
@@ -217,7 +238,7 @@ def evaluate(
     rows = read_rows(data)
     scores = asyncio.run(evaluate_reference(reference, rows, settings, _load_base(settings), console=err))
     if as_json:
-        print(json.dumps(scores))  # noqa: T201
+        write_json(scores)
     else:
         out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
 
@@ -267,6 +288,17 @@ def _load_base(settings: Settings) -> Any:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
     )
+
+
+def _published(published: Any) -> dict[str, Any]:
+    version = published.version
+    return {
+        "reference": version.reference,
+        "digest": version.digest,
+        "created": published.created,
+        "warnings": list(published.warnings),
+        "metrics": version.manifest.metrics,
+    }
 
 
 def _unescape(text: str) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -29,6 +30,16 @@ def _sendable(secret: SecretStr) -> SecretStr:
     if not (16 <= len(text) <= 500 and text.isascii() and text.isprintable() and " " not in text):
         raise ValueError("16 to 500 characters, printable ASCII without spaces")
     return secret
+
+
+def _web_address(url: str) -> str:
+    try:
+        found = urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"no URL: {error}") from None
+    if found.scheme not in ("http", "https") or not found.hostname:
+        raise ValueError("must begin with http:// or https:// and name a host")
+    return url
 
 
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -122,6 +133,10 @@ class Settings(BaseSettings):
         30.0, description="Seconds a client may take to read a part of a stream; other replies get more, at 10 kB/s"
     )
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
+    url: Annotated[str, AfterValidator(_web_address)] = Field(
+        "http://127.0.0.1:8000",
+        description="The server that commands which need one talk to; `SOFTPROMPT_API_KEY` is their key",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Log lines on standard error: json or text; auto is text on a terminal, else json"

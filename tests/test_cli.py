@@ -17,6 +17,7 @@ from app.manifest import Calibration, ManifestInput
 from app.registry import Registry, Store
 from app.train.calibration import Judged
 from tests.api_harness import files
+from tests.cli_harness import run
 from tests.tiny import save_tiny
 
 runner = CliRunner()
@@ -59,9 +60,12 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
     monkeypatch.setattr("app.train.job.fit", fit)
     monkeypatch.setattr("app.cli_train.fit", fit)
     arguments = ("train", "mood", "--data", str(home / "data"), "--classify", *TRAIN)
-    result = invoke(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.")
-    assert result.exit_code == 0, result.output
+    result = run(
+        *(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.", "--json")
+    )
     version = registry(home).resolve("mood")
+    assert result.document["reference"] == "mood:1" and result.document["digest"] == version.digest
+    assert result.document["metrics"] == version.manifest.metrics
     manifest = version.manifest
     assert version.reference == "mood:1"
     assert (manifest.template, manifest.labels) == ("{input}\nMood:", ["neg", "pos"])
@@ -118,30 +122,25 @@ def test_train_generates_without_labels_and_can_leave_aliases_alone(home: Path) 
 
 
 def test_model_show_is_json(home: Path) -> None:
-    facts = json.loads(invoke("model", "show", "--json").stdout)
+    assert run("model", "pull", "--json").document == {"path": str(home / "tiny")}
+    facts = run("model", "show", "--json").document
     assert facts["name"] == "tiny" and facts["hidden_size"] == 32 and Path(facts["path"]) == home / "tiny"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["eval", "nothing", "--data", "DATA/test.jsonl"], "not"),
-        (["train", "mood", "--data", "DATA/missing"], "neither a file nor a folder"),
-        (["train", "Bad Name", "--data", "DATA", *TRAIN], "name"),
-        (["train", "mood", "--data", "DATA", "--steps", "0"], "max_steps"),
-        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], "{input}"),
+        (["eval", "nothing", "--data", "DATA/test.jsonl"], 4, "not"),
+        (["train", "mood", "--data", "DATA/missing"], 1, "neither a file nor a folder"),
+        (["train", "Bad Name", "--data", "DATA", *TRAIN], 1, "name"),
+        (["train", "mood", "--data", "DATA", "--steps", "0"], 1, "max_steps"),
+        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], 1, "{input}"),
     ],
 )
-def test_errors_are_one_readable_line(
-    home: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_readable_line(home: Path, arguments: list[str], code: int, message: str) -> None:
     filled = [argument.replace("DATA", str(home / "data")) for argument in arguments]
-    monkeypatch.setattr("sys.argv", ["softprompt", *filled])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 1
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    told = run(*filled, expect=code).err
+    assert message in told and "Traceback" not in told and told.startswith("error (")
 
 
 def test_version() -> None:

@@ -57,6 +57,9 @@ def test_there_and_back_again(home: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (home / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert "was published before as mood:1" in run("import", "mood", home / "out")
+    document = json.loads(run("import", "mood", home / "out", "--json"))
+    assert (document["reference"], document["created"]) == ("mood:1", False)
+    assert len(json.loads(run("export", "mood", home / "again", "--json"))["files"]) == 3
 
 
 def test_refusals(home: Path) -> None:

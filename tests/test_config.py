@@ -34,6 +34,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_field_can_be_set_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"device": "cuda:1", "dtype": "float16", "quantization": "int8", "log_level": "debug", "insecure": "True"}
     values |= {"log_format": "json", "log_prompts": "True", "metrics_compat": "vllm", "otlp_endpoint": "http://c:4318"}
+    values["url"] = "https://prompts.example/api"
     values |= dict.fromkeys(SECRETS, "0123456789abcdef")
     for variable, field in variables().items():
         monkeypatch.setenv(variable, values.get(field, "12345"))

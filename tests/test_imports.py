@@ -18,9 +18,11 @@ LAYERS = [
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
-    {"train", "access"},
+    {"train", "access", "client"},
     {"api"},
-    {"main", "doctor", "cli_train", "cli_registry", "cli_keys", "cli_doctor"},
+    {"cli_output", "cli_rows"},
+    {"main", "doctor", "cli_train", "cli_registry", "cli_keys", "cli_server", "cli_errors"},
+    {"cli_ask", "cli_batch", "cli_bench", "cli_tasks", "cli_alias", "cli_doctor"},
     {"cli"},
 ]
 WEB = {
@@ -42,6 +44,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
     "engine/waiting": {"torch", "transformers", "numpy"},
+    "client": {"torch", "transformers", "numpy", "fastapi", "starlette", "typer", "rich"},
     "access": WEB | {"torch", "transformers"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
@@ -111,3 +114,10 @@ def test_keys_are_made_without_a_model() -> None:
     script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}
+
+
+def test_a_server_is_asked_without_a_model() -> None:
+    """So that `softprompt list` is there at once."""
+    script = "import sys, app.cli, app.client; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi", "starlette", "numpy", "sqlalchemy"}
