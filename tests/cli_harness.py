@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from app import cli
+from app.cli import main
 
-COMMAND = get_command(cli.app)  # built once: it takes longer than most commands
+COMMAND = get_command(main.app)  # built once: it takes longer than most commands
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def run(*arguments: object, stdin: str | bytes = "", terminal: bool = False, exp
         patch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
         patch.setattr(sys, "stdin", given)
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main.main()
     code = exit_.value.code or 0
     assert isinstance(code, int)
     done = Done(code, out.getvalue(), err.getvalue())

@@ -1,7 +1,7 @@
 """Documents whose commands are run: what a ```console block shows under a command is what the command prints.
 
-Output is compared as JSON where it is JSON, and else line by line, where `...` stands for any text. What differs in every
-reply (ids, times) is left out, and numbers are compared to three digits, which a CPU's rounding does not reach.
+Output is compared as JSON where it is JSON, and else line by line, where `...` stands for any text. What differs in
+every reply (ids, times) is left out, and numbers are compared to three digits, which a CPU's rounding does not reach.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ class Command:
         for name, here in replace.items():
             text, shown = text.replace(name, here), shown.replace(name, here)
         done = subprocess.run(
-            ["bash", "-c", f"{_RESTORE}\n{text}\n{_KEEP}"], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+            ["bash", "-c", f"{_RESTORE}\n{text}\n{_KEEP}"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == 0, f"{self.text}\n{done.stdout}{done.stderr}"
         if shown:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from app import __version__, cli
+from app import __version__
 from app.base_model import load_base_model
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
+from app.cli import main
 from app.errors import InvalidRequest
 from app.manifest import Calibration, ManifestInput
 from app.registry import Registry, Store
@@ -43,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invoke(*arguments: str) -> Result:
-    return runner.invoke(cli.app, arguments, catch_exceptions=False)
+    return runner.invoke(main.app, arguments, catch_exceptions=False)
 
 
 TRAIN = ("--template", r"{input}\nMood:", "--steps", "12", "--batch-size", "8", "--eval-every", "6")
@@ -58,7 +59,7 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
         return Calibration(temperature=len(judged) / 10, rows=len(judged))
 
     monkeypatch.setattr("app.train.job.fit", fit)
-    monkeypatch.setattr("app.cli_train.fit", fit)
+    monkeypatch.setattr("app.cli.train.fit", fit)
     arguments = ("train", "mood", "--data", str(home / "data"), "--classify", *TRAIN)
     result = run(
         *(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.", "--json")

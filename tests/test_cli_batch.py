@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from app import cli_batch
-from app.cli_rows import AnswerFile, PrintedAnswers, read_rows
+from app.cli import batch
+from app.cli.rows import AnswerFile, PrintedAnswers, read_rows
 from app.errors import EngineFailed, Overloaded
 from tests.api_harness import Harness
 from tests.cli_harness import run
@@ -33,7 +33,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Harness,
 def harness(serving: tuple[Harness, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     harness, url = serving
     monkeypatch.setenv("SOFTPROMPT_URL", url)
-    monkeypatch.setattr(cli_batch, "PATIENCE", 1)
+    monkeypatch.setattr(batch, "PATIENCE", 1)
     monkeypatch.setattr("app.client.retries.random.uniform", lambda low, high: 0.0)
     yield harness
     harness.engine.fail_after = harness.engine.refuse = None
@@ -238,7 +238,7 @@ def test_no_more_rows_are_read_than_are_asked() -> None:
 
         async def __aexit__(self, *_: object) -> None: ...
 
-    job = cli_batch._Run(Client(), Stopping([]), classify=False)  # type: ignore[arg-type]
+    job = batch._Run(Client(), Stopping([]), classify=False)  # type: ignore[arg-type]
     job._ask = lambda row: asyncio.sleep(0, {"line": row.line})  # type: ignore[method-assign]
     with pytest.raises(OSError, match="full"):
         asyncio.run(job.ask_all(read_rows(lines(), lambda row: row), 3, lambda: None))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from app import cli_errors
+from app.cli import errors
 from app.client import Client
 from app.errors import InvalidSettings, PreconditionFailed, ReferenceNotFound
 from tests.api_harness import Harness, files
@@ -48,7 +48,7 @@ def test_the_table_has_every_command_and_no_other() -> None:
 
 def test_the_table_of_exit_codes_is_the_one_in_the_code_and_in_the_help() -> None:
     rows = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, re.M)}
-    assert rows == cli_errors.MEANINGS
+    assert rows == errors.MEANINGS
     assert all(f"{code} {meaning}" in COMMAND.epilog for code, meaning in rows.items())
 
 
@@ -77,8 +77,8 @@ def test_every_command_has_a_help_an_example_and_json(name: str) -> None:
     ],
 )
 def test_exit_codes_of_what_fails_here(error: Exception, code: int) -> None:
-    assert cli_errors.is_known(error) and cli_errors.exit_code(error) == code
-    assert not cli_errors.is_known(ValueError("a fault of ours"))
+    assert errors.is_known(error) and errors.exit_code(error) == code
+    assert not errors.is_known(ValueError("a fault of ours"))
 
 
 def started(*arguments: str, **options: Any) -> Any:
@@ -112,7 +112,7 @@ def test_the_shell_is_told_how_to_complete() -> None:
         "COMP_CWORD": "1",
     }
     process = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'softprompt'; from app import cli; cli.main()"],
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'softprompt'; from app.cli import main; main.main()"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from app import cli_ask, cli_output
-from app.cli_server import complete_reference
+from app.cli import ask, output
+from app.cli.server import complete_reference
 from app.client import AsyncClient, Client, DigestMismatch, NotFound
 from app.errors import EngineFailed, Overloaded
 from tests.access_harness import KeyedHarness
@@ -308,9 +308,9 @@ def test_a_conversation(harness: Harness, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_a_terminal_does_not_obey_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\tb\n\x1b[2J日本\u202e"
-    assert cli_ask._for_terminal(text) == text, "a file gets it as it is"
+    assert ask._for_terminal(text) == text, "a file gets it as it is"
     monkeypatch.setattr("sys.stdout", Terminal())
-    assert cli_ask._for_terminal(text) == "a\tb\n\\x1b[2J日本\\u202e"
+    assert ask._for_terminal(text) == "a\tb\n\\x1b[2J日本\\u202e"
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: pytest.Mon
     monkeypatch.setattr("builtins.input", read)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stderr", Terminal())
-        cli_ask._converse(None, answer)  # type: ignore[arg-type]
+        ask._converse(None, answer)  # type: ignore[arg-type]
     assert answers == ["one", "two"] and lines == []
 
 
@@ -346,7 +346,7 @@ def test_ctrl_c_elsewhere_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_are_whole_and_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    cli_output.write_table(("name", "what"), [("é" * 70, "x" * 70), ("日本", None)])
+    output.write_table(("name", "what"), [("é" * 70, "x" * 70), ("日本", None)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{'é' * 70}  {'x' * 70}" and lines[2] == "日本" and lines[0].index("what") == 72
 

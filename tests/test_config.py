@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from app import cli
+from app.cli import main
 from app.config import SECRETS, Settings, load_with_sources, variables
 from app.errors import InvalidSettings
 from app.setting_sources import MAX_FILE_BYTES
@@ -264,8 +264,8 @@ def test_print_config(dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dotenv.write_text("SOFTPROMPT_DATABASE_FILE=url\nSOFTPROMPT_MAX_WAITING=7\n")
     monkeypatch.setenv("SOFTPROMPT_API_KEY", SECRET)
     arguments = ["serve", "--port", "9009", "--print-config"]
-    plain = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
-    as_json = CliRunner().invoke(cli.app, [*arguments, "--json"], catch_exceptions=False)
+    plain = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
+    as_json = CliRunner().invoke(main.app, [*arguments, "--json"], catch_exceptions=False)
     found = json.loads(as_json.stdout)
     assert list(found) == list(Settings.model_fields)
     assert found["port"] == {"value": 9009, "source": "option", "name": "port"}

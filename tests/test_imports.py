@@ -20,9 +20,7 @@ LAYERS = [
     {"registry", "answer", "constraint", "local_engine", "inspection"},
     {"train", "access", "client"},
     {"api"},
-    {"cli_output", "cli_rows"},
-    {"main", "doctor", "cli_train", "cli_registry", "cli_keys", "cli_server", "cli_errors"},
-    {"cli_ask", "cli_batch", "cli_bench", "cli_tasks", "cli_alias", "cli_doctor"},
+    {"main", "doctor"},
     {"cli"},
 ]
 WEB = {
@@ -111,7 +109,7 @@ def test_the_engine_runs_without_the_web() -> None:
 
 
 def test_keys_are_made_without_a_model() -> None:
-    script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    script = "import sys, app.cli.keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from typer.main import get_command
 
-from app import cli
 from app.base_model import BaseModel
+from app.cli import main
 from app.config import SECRETS, Settings, variables
 from tests.console import commands
 from tests.peft_oracle import oracle_generate
@@ -50,7 +50,7 @@ def test_the_settings_table_has_no_other_rows_and_the_right_defaults() -> None:
 
 
 def test_every_command_stands_in_the_readme() -> None:
-    root: Any = get_command(cli.app)
+    root: Any = get_command(main.app)
     for name, command in root.commands.items():
         for sub in getattr(command, "commands", {"": None}):
             assert f"softprompt {name} {sub}".strip() in README, f"softprompt {name} {sub}"

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import typer
 
-from app.cli_output import err, printable
+from app.cli.output import err, printable
 from app.errors import InvalidSettings, SoftpromptError
 
 NEWLINE = "\n"

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol, Self
 import typer
 from filelock import FileLock, Timeout
 
-from app.cli_output import write_json
+from app.cli.output import write_json
 
 Request = dict[str, Any]
 

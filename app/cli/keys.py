@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from app.cli_output import AsJson, err, out, write, write_json
+from app.cli.output import AsJson, err, out, write, write_json
 from app.config import Settings
 from app.errors import InvalidRequest
 

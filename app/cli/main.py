@@ -12,17 +12,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from app import __version__, cli_alias, cli_ask, cli_batch, cli_bench, cli_doctor, cli_errors, cli_keys, cli_tasks
-from app.cli_output import AsJson, err, out, say, warn, write, write_json
+from app import __version__
+from app.cli import alias, ask, batch, bench, doctor, errors, keys, tasks
+from app.cli.output import AsJson, err, out, say, warn, write, write_json
 from app.config import Settings, load_with_sources
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=cli_errors.EPILOG)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=errors.EPILOG)
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
-for module in (cli_ask, cli_batch, cli_tasks, cli_alias, cli_bench):
+for module in (ask, batch, tasks, alias, bench, doctor):
     app.add_typer(module.app)
 app.add_typer(model_app, name="model")
-app.add_typer(cli_keys.app, name="keys")
-app.command()(cli_doctor.doctor)
+app.add_typer(keys.app, name="keys")
 
 Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
 Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.jsonl, test.jsonl), or one JSONL file")]
@@ -35,12 +35,12 @@ def main() -> None:
         code = app(standalone_mode=False)  # else typer would draw a box around wrong options
     except typer.Abort:
         say("nothing was done")
-        code = cli_errors.FAILED
+        code = errors.FAILED
     except Exception as error:
-        if not cli_errors.is_known(error):
+        if not errors.is_known(error):
             raise
-        cli_errors.report(error, as_json=as_json)
-        code = cli_errors.exit_code(error)
+        errors.report(error, as_json=as_json)
+        code = errors.exit_code(error)
     sys.exit(code)
 
 
@@ -81,7 +81,7 @@ def serve(
         metrics_compat=metrics_compat,
     )
     if print_config:
-        cli_doctor.print_config(settings, sources, as_json=as_json)
+        doctor.print_config(settings, sources, as_json=as_json)
         return
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
@@ -149,7 +149,7 @@ def train(
     A run that was stopped goes on where it was when started again with the same options.
     """
     settings = Settings.load()
-    from app.cli_train import train_and_publish
+    from app.cli.train import train_and_publish
     from app.text import Template
     from app.train import Recipe
     from app.train.job import Job, Splits
@@ -195,16 +195,13 @@ def import_folder(
 ) -> None:
     """Publish a PEFT folder in the registry folder, no server needed."""
     settings = Settings.load()
-    from app.cli_registry import import_folder as run
+    from app.cli.registry import import_folder as run
 
     published = run(task, folder, settings, _load_base(settings), alias=alias or None)
     if as_json:
         write_json(_published(published))
         return
-    for warning in published.warnings:
-        warn(warning)
-    verb = "published" if published.created else "was published before as"
-    write(f"{verb} {published.version.reference}  {published.version.digest}")
+    _tell(published)
 
 
 @app.command(epilog="Example: softprompt export mood:1 out/mood")
@@ -215,7 +212,7 @@ def export(
 ) -> None:
     """Write a version as the PEFT folder that it came from, no server needed."""
     settings = Settings.load()
-    from app.cli_registry import export_version
+    from app.cli.registry import export_version
 
     paths = [str(path) for path in export_version(reference, folder, settings, _load_base(settings))]
     if as_json:
@@ -232,7 +229,7 @@ def evaluate(
 ) -> None:
     """Score a published prompt on held-out rows."""
     settings = Settings.load()
-    from app.cli_train import evaluate_reference
+    from app.cli.train import evaluate_reference
     from app.train import read_rows
 
     rows = read_rows(data)
@@ -243,18 +240,19 @@ def evaluate(
         out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
 
 
-@app.command()
+@app.command(epilog="Example: softprompt calibrate mood --data validation.jsonl")
 def calibrate(
     reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias: a classifier")],
     data: Annotated[Path, typer.Option(help="JSONL rows of input and target; never those that it is tested on")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+    as_json: AsJson = False,
 ) -> None:
     """Fit the temperature of a classifier's probabilities and publish it as a new version of the same files.
 
     Which label is likeliest never changes. `train --classify` has done this with its validation rows already.
     """
     settings = Settings.load()
-    from app.cli_train import calibrate_reference
+    from app.cli.train import calibrate_reference
     from app.train import read_rows
 
     rows, command = read_rows(data), shlex.join(["softprompt", *sys.argv[1:]])
@@ -263,14 +261,15 @@ def calibrate(
             reference, rows, settings, _load_base(settings), alias=alias or None, command=command, console=err
         )
     )
-    verb = "published" if published.created else "was published before as"
-    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
     found = published.version.manifest.calibration
     assert found is not None
-    out.print(
+    if as_json:
+        write_json(_published(published) | {"calibration": found.model_dump(mode="json")})
+        return
+    _tell(published)
+    write(
         f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
-        f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)",
-        highlight=False,
+        f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)"
     )
 
 
@@ -288,6 +287,13 @@ def _load_base(settings: Settings) -> Any:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
     )
+
+
+def _tell(published: Any) -> None:
+    for warning in published.warnings:
+        warn(warning)
+    verb = "published" if published.created else "was published before as"
+    write(f"{verb} {published.version.reference}  {published.version.digest}")
 
 
 def _published(published: Any) -> dict[str, Any]:
@@ -311,7 +317,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not separator or not key:
         raise typer.BadParameter(f"{text!r} is not key=value", param_hint="--source")
     return key, value
-
-
-if __name__ == "__main__":
-    main()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app import cli_errors
-from app.cli_output import AsJson, printable, say, write, write_json, write_table
-from app.cli_server import ApiKey, Url, complete_reference, connect
+from app.cli import errors
+from app.cli.output import AsJson, printable, say, write, write_json, write_table
+from app.cli.server import ApiKey, Url, complete_reference, connect
 from app.config import Settings
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _converse(client: Client, answer: Any) -> None:
             except KeyboardInterrupt:
                 say("interrupted")
             except ClientError as error:
-                cli_errors.report(error, as_json=False)
+                errors.report(error, as_json=False)
 
 
 @contextmanager

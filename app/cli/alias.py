@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli_output import AsJson, say, write_json, write_table
-from app.cli_server import ApiKey, TaskName, Url, connect
+from app.cli.output import AsJson, say, write_json, write_table
+from app.cli.server import ApiKey, TaskName, Url, connect
 
 if TYPE_CHECKING:
     from app.client.results import Alias

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from app import cli_errors
-from app.cli_output import AsJson, err, say, write_json
-from app.cli_rows import AnswerFile, Answers, InvalidRow, PrintedAnswers, Request, Row, read_rows
-from app.cli_server import ApiKey, Url, complete_reference, connect, connect_async
+from app.cli import errors
+from app.cli.output import AsJson, err, say, write_json
+from app.cli.rows import AnswerFile, Answers, InvalidRow, PrintedAnswers, Request, Row, read_rows
+from app.cli.server import ApiKey, Url, complete_reference, connect, connect_async
 
 if TYPE_CHECKING:
     from app.client import AsyncClient
@@ -97,7 +97,7 @@ def batch(
     else:
         say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items()))
     if run.failed:
-        raise typer.Exit(cli_errors.PARTIAL)
+        raise typer.Exit(errors.PARTIAL)
 
 
 @dataclass
@@ -137,9 +137,9 @@ class _Run:
         try:
             return row.record(**await self._answer(row.request))
         except ClientError as error:
-            if cli_errors.exit_code(error) in _FATAL and error.code not in _OF_ONE_ROW:
+            if errors.exit_code(error) in _FATAL and error.code not in _OF_ONE_ROW:
                 raise
-            return row.record(error=cli_errors.describe(error))
+            return row.record(error=errors.describe(error))
 
     async def _answer(self, request: Request) -> dict[str, Any]:
         if self.classify:
@@ -153,7 +153,7 @@ class _Run:
         return {**found, **_made_by(generated), "usage": generated.usage.model_dump(exclude_unset=True)}
 
 
-_FATAL = (cli_errors.UNREACHABLE, cli_errors.NOT_ALLOWED, cli_errors.BUSY)
+_FATAL = (errors.UNREACHABLE, errors.NOT_ALLOWED, errors.BUSY)
 _OF_ONE_ROW = ("timed_out", "prompt_corrupt")
 
 

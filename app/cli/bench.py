@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app import cli_errors
-from app.cli_output import AsJson, write, write_json, write_table
-from app.cli_rows import read_rows
-from app.cli_server import ApiKey, Url, complete_reference, connect_async
+from app.cli import errors
+from app.cli.output import AsJson, write, write_json, write_table
+from app.cli.rows import read_rows
+from app.cli.server import ApiKey, Url, complete_reference, connect_async
 
 if TYPE_CHECKING:
     from app.client import AsyncClient
@@ -63,7 +63,7 @@ def bench(
     else:
         _show(report)
     if load.errors:
-        raise typer.Exit(cli_errors.PARTIAL)
+        raise typer.Exit(errors.PARTIAL)
 
 
 @dataclass

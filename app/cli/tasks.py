@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli_output import AsJson, say, warn, write, write_facts, write_json, write_table
-from app.cli_server import ApiKey, Reference, TaskName, Url, complete_reference, connect
+from app.cli.output import AsJson, say, warn, write, write_facts, write_json, write_table
+from app.cli.server import ApiKey, Reference, TaskName, Url, complete_reference, connect
 
 if TYPE_CHECKING:
     from app.client.results import Change, Task, VirtualToken
