@@ -224,7 +224,7 @@ def test_what_only_some_replies_have_is_documented_as_optional(document: dict[st
     expected = {
         "GenerateReply": {"members"},
         "ClassifyReply": {"members"},
-        "Output": {"logprobs", "prompt_logprobs", "votes"},
+        "Output": {"input_index", "logprobs", "prompt_logprobs", "votes"},
         "TokenLogprob": set(),
         "TopLogprob": set(),
         "Usage": set(),
