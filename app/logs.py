@@ -17,7 +17,7 @@ import structlog
 Event = MutableMapping[str, Any]
 
 # Keys of ours, and a password in a URL.
-SECRETS = r"sk-[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@\"]*:[^/\s@\"]+(?=@)"
+SECRETS = r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@\"]*:[^/\s@\"]+(?=@)"
 STRUCK_OUT = "[secret]"
 LIBRARIES = ("transformers", "huggingface_hub")  # they write lines of their own unless told not to
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from app.config import Settings
 
 VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")  # OpenTelemetry's own
-NOT_TRACED = "livez,readyz,health,metrics"
+NOT_TRACED = "/livez$,/readyz$,/health$,/metrics$"  # searched for in the whole URL
 LAST_SPANS = 2.0  # seconds that a shutdown waits for a collector to take them
 OPERATIONS = {  # of ours -> what the conventions call them
     "generate": "text_completion",
