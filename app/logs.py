@@ -74,7 +74,8 @@ def _text(_logger: Any, _method: str, event: Event) -> str:
     message, exception = _escaped(event.pop("event")), event.pop("exception", None)
     fields = [f"{name}={_field(value)}" for name, value in event.items()]
     line = " ".join([f"{time} {level.upper()} {logger}: {message}", *fields])
-    return f"{line}\n{exception}" if exception else line
+    # Indented: what an exception says may have lines that look like ours.
+    return "\n    ".join([line, *exception.splitlines()]) if exception else line
 
 
 def _field(value: Any) -> str:

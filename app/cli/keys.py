@@ -28,7 +28,7 @@ def create(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, prompts:read, prompts:write, aliases:write, jobs or admin (all); default: generate"
+            help="generate, prompts:read, prompts:write, aliases:write, jobs, metrics or admin (all); default: generate"
         ),
     ] = None,
     task: Annotated[
