@@ -72,7 +72,10 @@ def test_an_engine_that_dies_under_load(tmp_path: Path) -> None:
                 for client in clients:
                     client.join()
                 said = [client.said.replace(b": ", b":") for client in clients]
-                assert not [text[-300:] for text in said if b'"code":"engine_failed"' not in text]
+                # A client has its pin a moment before its request is the engine's: that one comes to a dead engine.
+                late = [text for text in said if b'"code":"not_ready"' in text]
+                assert not [text[-300:] for text in said if b'"code":"engine_failed"' not in text and text not in late]
+                assert len(late) <= 2
                 told[-1] = max(told[-1], max(client.ended for client in clients) - died)
                 assert server.num_pins == 0
                 wait_until(lambda: ask(probe, "GET", "/readyz").status == 200)
