@@ -13,7 +13,8 @@ import torch
 from app.engine import SamplingParams
 from app.engine.attention_kernels import preferred_block_size
 from app.engine.decoder import FusedDecoder
-from app.engine.local import BLOCK_SIZE, LocalEngine
+from app.engine.loaded_model import BLOCK_SIZE
+from app.engine.local import LocalEngine
 from app.engine.weights import decoder_weights
 from app.soft_prompt import SoftPrompt
 from scripts.gpu_common import (
@@ -80,7 +81,7 @@ def as_on_a_gpu(machine: Machine) -> Any:
         assert weights is not None
         return FusedDecoder(model, weights, cache)
 
-    return patch("app.engine.local.build_forward", build)
+    return patch("app.engine.loaded_model.build_forward", build)
 
 
 def make_rows(model: Any) -> list[tuple[SoftPrompt | None, list[int]]]:

@@ -174,6 +174,8 @@ def fork(work: Any, *args: Any) -> int:
         return process
     status = 1
     try:
+        # NOTE: torch makes its pool anew after a fork, and threads that are the first to need it race for it.
+        torch.set_num_threads(1)
         work(*args)
         status = 0
     except BaseException:

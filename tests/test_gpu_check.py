@@ -171,7 +171,7 @@ def test_graphs_that_were_given_up_fail(machine: Machine) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_engine(machine: Machine, monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
-    for module in ("scripts.gpu_engine", "app.engine.local"):
+    for module in ("scripts.gpu_engine", "app.engine.loaded_model"):
         monkeypatch.setattr(f"{module}.preferred_block_size", lambda *_, **__: block_size)
     report = Report()
     gpu_engine.engine_parity(machine, report, gpu_parity.configurations(machine))

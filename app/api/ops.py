@@ -26,8 +26,8 @@ async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/health", operation_id="health")
-@router.get("/readyz", operation_id="readyz")
+@router.get("/health", name="health")
+@router.get("/readyz")
 async def readyz(state: StateDep, verbose: Verbose = None) -> dict[str, Any]:
     """200 while the server should get traffic; 503 with the failing checks otherwise."""
     checks = state.readiness.checks()

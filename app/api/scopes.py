@@ -12,6 +12,7 @@ ANY_KEY: Final = "any key"
 NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "livez": PUBLIC,
     "readyz": PUBLIC,
+    "health": PUBLIC,
     "version": PUBLIC,
     "custom_swagger_ui_html": PUBLIC,
     "swagger_ui_redirect": PUBLIC,
