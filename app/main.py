@@ -79,7 +79,7 @@ def create_app(
     constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
     access = access or Access.open(settings)
     metrics = Metrics(engine, registry, base, is_ready=readiness.is_ready, vllm=settings.metrics_compat == "vllm")
-    tracing = tracing or Tracing.of(settings, base.info.name)
+    tracing = tracing or Tracing.of(settings)
     state = State(
         settings, engine, registry, base, readiness, constraints, access, metrics, started_at=int(time.time())
     )
@@ -146,7 +146,7 @@ def create_app(
     ):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     if tracing is not None:
-        tracing.install(app)
+        tracing.install(app, base.info.name)
     return app
 
 
@@ -159,6 +159,7 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_level, settings.log_format, secrets)
     access = Access.open(settings)
     _check_exposure(settings, access)
+    tracing = Tracing.of(settings)
     listener = bind(settings.host, settings.port, stall_timeout=settings.send_timeout)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -172,7 +173,7 @@ def serve(settings: Settings) -> None:
     registry = Registry(Store(settings.registry), base.info)
     engine = local_engine(settings, base)
     engine.start()
-    app = create_app(settings, engine, registry, base, access)
+    app = create_app(settings, engine, registry, base, access, tracing)
     greeting = f"(base {base.info.name}, {len(registry.tasks())} tasks)"
     server = Server(
         app,

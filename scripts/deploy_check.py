@@ -41,9 +41,11 @@ def check(name: str, *command: str | Path, text: str | None = None) -> None:
 
 
 def install_tools() -> None:
-    if not (TOOLS / "bin" / "yamllint").exists():
-        subprocess.run([sys.executable, "-m", "venv", TOOLS], check=True)
+    made = TOOLS / "installed"  # written last: an install that was cut off is made again
+    if not made.exists() or made.read_text(encoding="utf-8") != "\n".join(PACKAGES):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", TOOLS], check=True)
         subprocess.run([TOOLS / "bin" / "pip", "install", "--quiet", *PACKAGES], check=True)
+        made.write_text("\n".join(PACKAGES), encoding="utf-8")
 
 
 def dashboard_rules() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from app.api.counts import ABORT_CAUSES, PRUNE_FROM, Counts, Histogram
+from app.api.observe import ObserveMiddleware
+from app.api.request_stats import RequestStats, Unread
+from app.engine import Token
 from app.errors import EngineFailed, NotReady, NumericalError, Overloaded
 from tests.access_harness import KeyedHarness, bearer
 from tests.api_harness import Harness, files, wait_until
@@ -192,6 +197,37 @@ def test_clients_that_leave_or_stall(harness: Harness, stream: bool) -> None:
             with server.post("/v1/generate", BODY | {"stream": True}, receive_buffer=4096):
                 wait_until(lambda: counts.aborts["slow_reader"] == 1)
     assert counts.aborts.total() == 1 + stream and counts.request.buckets()[-1] == ("+Inf", 0.0)
+
+
+def test_an_input_counts_once_whichever_of_its_answers_begins() -> None:
+    counts = Counts(list)
+    stats = RequestStats(counts)
+    stats.begin("mood")
+    text = Unread(7)
+    first, second = stats.clock(None, text), stats.clock(None, text)
+    first(Token(None, finish_reason="abort"))
+    assert counts.all.prompt_tokens == 0
+    for _ in range(2):
+        second(Token(5))
+    first(Token(5))
+    assert counts.all.prompt_tokens == stats.num_prompt_tokens == 7 and counts.all.generation_tokens == 3
+
+
+def test_a_request_that_the_server_ends_is_cut_by_its_shutdown() -> None:
+    counts = Counts(list)
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        scope["state"]["stats"].is_admitted = True
+        await asyncio.Event().wait()
+
+    async def cancelled() -> None:
+        scope: Scope = {"type": "http", "state": {"request_id": "x"}, "method": "POST", "path": "/"}
+        asked = ObserveMiddleware(app, counts=counts, tracing=None)(scope, None, None)  # type: ignore[arg-type]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asked, 0.01)
+
+    asyncio.run(cancelled())
+    assert counts.aborts["shutdown"] == counts.aborts.total() == 1
 
 
 def test_what_is_refused_is_not_aborted(harness: Harness, client: TestClient) -> None:

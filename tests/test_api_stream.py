@@ -57,7 +57,7 @@ def run(
         nonlocal closed
         closed += 1
 
-    stats = RequestStats(Counts())
+    stats = RequestStats(Counts(list))
 
     async def main() -> None:
         stream = EventStream(produce, close, send_timeout=0.05, headers={}, stats=stats, ping_interval=ping_interval)

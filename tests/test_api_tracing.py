@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from app.api.tracing import VARIABLES, Tracing
 from app.config import Settings
 from app.errors import EngineFailed, InvalidSettings
-from app.main import create_app
+from app.main import create_app, serve
 from tests.api_harness import Harness
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -46,7 +46,7 @@ def harness(tmp_path: Path, exporter: InMemorySpanExporter) -> Harness:
     harness.publish("mood", labels=["x", "y"])
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing = Tracing(provider, harness.base.info.name)
+    tracing = Tracing(provider)
     harness.app = create_app(harness.settings, harness.engine, harness.registry, harness.base, tracing=tracing)
     return harness
 
@@ -152,7 +152,7 @@ def test_a_malformed_parent_is_none(client: TestClient, exporter: InMemorySpanEx
 
 
 def tracing(**settings: Any) -> Tracing | None:
-    found = Tracing.of(Settings(**settings), "base")
+    found = Tracing.of(Settings(**settings))
     if found is not None:
         found.shut_down()
     return found
@@ -186,7 +186,7 @@ def test_the_service_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found is not None and found._provider.resource.attributes["service.name"] == expected
 
 
-def test_without_the_libraries_the_start_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_libraries_the_start_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -201,11 +201,14 @@ def test_without_the_libraries_the_start_says_what_is_missing(monkeypatch: pytes
     monkeypatch.setenv(VARIABLES[0], "http://127.0.0.1:2")
     with pytest.raises(InvalidSettings, match=VARIABLES[0]):
         tracing()
+    monkeypatch.setattr("app.main.load_base_model", lambda *_, **__: pytest.fail("it is said before the model is read"))
+    with pytest.raises(InvalidSettings, match=VARIABLES[0]):
+        serve(Settings(registry=tmp_path, port=0))
 
 
 def test_a_collector_that_is_away_holds_up_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.api.tracing.LAST_SPANS", 0.05)
-    away = Tracing.of(Settings(otlp_endpoint="http://127.0.0.1:1"), "base")
+    away = Tracing.of(Settings(otlp_endpoint="http://127.0.0.1:1"))
     assert away is not None
     app = create_app(harness.settings, harness.engine, harness.registry, harness.base, tracing=away)
     with TestClient(app) as client:

@@ -130,7 +130,7 @@ def test_what_asks_all_day_is_quiet_unless_it_is_refused(harness: Harness, lines
         harness.engine.ready = False
         client.get("/readyz")
         [line] = lines.requests()
-        assert line["error"] == "not_ready"
+        assert line["error"] == "not_ready" and "cut" not in line, "nothing had begun that could be cut"
         logging.getLogger().setLevel(logging.DEBUG)
         client.get("/livez")
         assert lines.requests()[0]["operation"] == "livez"
@@ -152,7 +152,7 @@ def test_prompts_are_logged_only_where_it_is_asked_for(tmp_path: Path, lines: Li
         found = [json.loads(line).get("prompts") for line in text.splitlines() if "softprompt.access" in line]
         if wanted:
             chat = "user: the first\nassistant:"
-            assert found == [["the first\nFeeling:"], ["the first", "x"], ["the first"], [chat]]
+            assert found == [["the first\nFeeling:"], ["the first\nFeeling:", "x\nFeeling:"], ["the first"], [chat]]
         else:
             assert found == [None] * 4 and "the first" not in text
 

@@ -13,6 +13,7 @@ from app.answer import Answer
 from app.api.deps import State
 from app.api.lease import Lease
 from app.api.reply import about_input, usage
+from app.api.request_stats import Unread
 from app.engine import Constraint, SamplingParams
 from app.text import Template
 
@@ -28,6 +29,7 @@ class Answers:
         self._to_pay = False  # once every answer has started, and until it is paid
         self._work: list[tuple[Lease, Sequence[Sequence[int]]]] = []  # the texts behind each lease, as token ids
         self._answers: list[Answer] = []
+        self._unread = Unread(0)  # of the input whose answers are being started
         self._leases: list[Lease] = []  # of each answer
 
     def __getitem__(self, index: int) -> Answer:
@@ -69,8 +71,8 @@ class Answers:
         number = len(self._answers) // self._samples % num_texts
         with about_input(number, num_texts):
             generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
-        # The input counts once, however many samples it has.
-        clock = lease.stats.clock(lease.version, 0 if len(self._answers) % self._samples else len(text))
+        if len(self._answers) % self._samples == 0:
+            self._unread = Unread(len(text))
         self._answers.append(
             Answer(
                 generation,
@@ -78,7 +80,7 @@ class Answers:
                 template,
                 stop,
                 min_tokens=params.min_tokens,
-                on_token=clock,
+                on_token=lease.stats.clock(lease.version, self._unread),
                 **options,
             ),
         )

@@ -62,7 +62,8 @@ async def classify(
             work = [await _encode(state.base.tokenizer, lease, inputs, labels) for lease in leases]
             texts = [texts for texts, _ in work]
             if state.settings.log_prompts:
-                stats.prompts = inputs
+                tokenizer: Any = state.base.tokenizer
+                stats.prompts = [tokenizer.decode(text) for own in texts for text in own]
             used = usage(list(zip(leases, texts, strict=True)))
 
             async def score(lease: Lease, number: int, text: list[int], targets: list[list[int]]) -> list[list[float]]:

@@ -49,7 +49,7 @@ class TaskCounts:
 class Counts:
     """Everything since the start. None of it ever falls, but that a task takes its own counts with it."""
 
-    def __init__(self, tasks: Callable[[], Collection[str]] = tuple) -> None:
+    def __init__(self, tasks: Callable[[], Collection[str]]) -> None:
         """`tasks` gives the names that the registry holds."""
         self._names = tasks
         self._by_task: dict[str, TaskCounts] = {}

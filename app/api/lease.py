@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from app.access import Caller
-from app.api.counts import Counts
 from app.api.deps import State
 from app.api.request_stats import RequestStats
 from app.api.visible import check_reference
@@ -21,12 +20,10 @@ from app.soft_prompt import SoftPrompt
 class Lease:
     """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
 
-    def __init__(
-        self, pin: Pin | None, leave: Callable[[], None] = lambda: None, stats: RequestStats | None = None
-    ) -> None:
+    def __init__(self, pin: Pin | None, leave: Callable[[], None], stats: RequestStats) -> None:
         """`leave` is called when the engine counts the request itself."""
         self._leave = leave
-        self.stats = stats or RequestStats(Counts())
+        self.stats = stats
         self.version: Version | None = pin.version if pin else None
         self.prompt: SoftPrompt | None = pin.prompt if pin else None
         self._pin = pin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -12,12 +13,12 @@ from structlog.contextvars import bound_contextvars
 from app.api.counts import Counts
 from app.api.request_stats import RequestStats
 from app.api.tracing import Tracing
-from app.errors import SoftpromptError
+from app.errors import NotReady, SoftpromptError
 
 log = logging.getLogger("softprompt.access")
 
 MAX_PATH = 300  # characters
-QUIET = {"livez", "readyz", "metrics"}  # operations that something asks for all day
+QUIET = {"livez", "readyz", "health", "metrics"}  # operations that something asks for all day
 
 
 class ObserveMiddleware:
@@ -45,6 +46,9 @@ class ObserveMiddleware:
         with bound_contextvars(request_id=state["request_id"], **(self._tracing.ids() if self._tracing else {})):
             try:
                 await self._app(scope, receive, watched)
+            except asyncio.CancelledError:  # the server ends and has waited long enough
+                stats.fails(NotReady("the server ends"))
+                raise
             except Exception:
                 stats.fails(SoftpromptError("uvicorn logs it"))
                 raise

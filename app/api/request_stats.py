@@ -13,6 +13,18 @@ from app.registry import Version
 MAX_REFERENCE = 200  # characters of a name that a client made up
 
 
+class Unread:
+    """The tokens of one input, which count once however many answers it has."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def take(self) -> int:
+        """All of them the first time, none after that."""
+        taken, self._num_tokens = self._num_tokens, 0
+        return taken
+
+
 class RequestStats:
     """For the event loop alone."""
 
@@ -48,11 +60,8 @@ class RequestStats:
         for counts in self._counts_of(version):
             counts.finished[reason] += 1
 
-    def clock(self, version: Version | None, num_prompt_tokens: int) -> Callable[[Token], None]:
-        """To be called with every token of an answer as it comes.
-
-        `num_prompt_tokens` count as read with the first one.
-        """
+    def clock(self, version: Version | None, text: Unread) -> Callable[[Token], None]:
+        """To be called with every token of an answer as it comes; with the first one `text` has been read."""
         everything, task = self._counts_of(version)
         counts = self._counts
         last = 0.0  # when the token before was made
@@ -66,8 +75,9 @@ class RequestStats:
             else:
                 counts.first_token.observe(token.made_at - self._read_at)
                 counts.queue.observe(token.queue_seconds)
-                self.num_cached_tokens += token.num_cached_tokens if num_prompt_tokens else 0
-                self.reads(version, num_prompt_tokens)
+                if num_tokens := text.take():
+                    self.num_cached_tokens += token.num_cached_tokens
+                    self.reads(version, num_tokens)
             last = token.made_at
             if token.id is not None:
                 self.num_generated_tokens += 1
@@ -82,7 +92,8 @@ class RequestStats:
         if isinstance(error, RequestTimedOut):
             self.cause = "deadline"
         elif isinstance(error, NotReady):
-            self.cause = "shutdown"
+            # Before that it is a refusal: keys that cannot be checked, a folder that cannot be read.
+            self.cause = "shutdown" if self.is_admitted else None
         elif not isinstance(error, RequestError | Overloaded):  # those are refusals
             self.cause = "error"
 

@@ -32,12 +32,12 @@ OPERATIONS = {  # of ours -> what the conventions call them
 
 
 class Tracing:
-    def __init__(self, provider: TracerProvider, base_name: str) -> None:
+    def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
-        self._base_name = base_name
+        self._base_name = ""
 
     @classmethod
-    def of(cls, settings: Settings, base_name: str) -> Tracing | None:
+    def of(cls, settings: Settings) -> Tracing | None:
         """None where nobody asks for traces. Raises InvalidSettings where the libraries are missing."""
         named = [name for name in VARIABLES if os.environ.get(name)]
         wanted = "SOFTPROMPT_OTLP_ENDPOINT" if settings.otlp_endpoint else named[0] if named else None
@@ -59,12 +59,16 @@ class Tracing:
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         endpoint = f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        return cls(provider, base_name)
+        return cls(provider)
 
-    def install(self, app: FastAPI) -> None:
-        """Before the first request. A client's `traceparent` (W3C Trace Context) makes its span the parent."""
+    def install(self, app: FastAPI, base_name: str) -> None:
+        """Before the first request. A client's `traceparent` (W3C Trace Context) makes its span the parent.
+
+        Spans of the bare base model bear `base_name`.
+        """
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
+        self._base_name = base_name
         # Spans for each piece of a stream would be thousands.
         FastAPIInstrumentor.instrument_app(
             app, tracer_provider=self._provider, excluded_urls=NOT_TRACED, exclude_spans=["receive", "send"]
