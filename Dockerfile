@@ -26,7 +26,7 @@ RUN /opt/softprompt/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-in
 COPY pyproject.toml README.md LICENSE ./
 COPY app ./app
 RUN /opt/softprompt/bin/pip wheel --no-deps --wheel-dir dist . \
- && /opt/softprompt/bin/pip install -c constraints.txt dist/*.whl
+ && /opt/softprompt/bin/pip install -c constraints.txt "$(echo dist/*.whl)[otel,postgres]"
 # From a folder without sources, so that it is built for the installed package.
 WORKDIR /
 RUN /opt/softprompt/bin/python -m app.engine.native.build

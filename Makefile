@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS ?= .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model run test test-long check format train bench gpu-check docker-check ci clean
+.PHONY: help setup model run test test-long test-clients check format train bench gpu-check docker-check deploy-check ci clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +31,14 @@ test: setup model ## Run the tests, in two processes
 test-long: setup model ## Run what takes minutes to hours; K=swaps only those whose names have it
 	$(BIN)/python -m pytest -m long -s --timeout 0 $(if $(K),-k '$(K)')
 
+test-clients: setup model $(CLIENTS)/.installed ## Ask a real server with clients that others wrote; K=chat only some
+	SOFTPROMPT_BIN=$(abspath $(BIN))/softprompt $(CLIENTS)/bin/python -m pytest tests/clients $(if $(K),-k '$(K)')
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -r tests/clients/requirements.txt -c tests/clients/constraints.txt
+	@touch $@
+
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,8 +61,11 @@ gpu-check: ## Check the CUDA path against transformers and time it (a GPU, torch
 docker-check: ## Run the Dockerfile's steps without Docker and ask the server one question
 	$(PYTHON) scripts/docker_check.py
 
+deploy-check: setup ## Hold deploy/ to promtool, systemd-analyze and the schemas of Kubernetes and compose
+	$(BIN)/python scripts/deploy_check.py
+
 ci: check test ## What CI runs
 
 clean: ## Remove the virtual environment and caches; the base model's cache stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find app benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,11 +33,13 @@ class Answer:
         include_stop: bool = False,
         report_stop_token: bool = False,
         skip_special_tokens: bool = True,
+        on_token: Callable[[Token], None] = lambda _: None,
     ) -> None:
         """Stop strings are looked for in the text behind the first `min_tokens` tokens.
 
         `include_stop`: what ends the answer, string or token, is part of its text (of a token, if its log-probability
         is known: that has its id). `report_stop_token`: a stop token's log-probability is told with the others.
+        `on_token` is told of every token as it comes.
         """
         self._generation = generation
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
@@ -46,10 +48,12 @@ class Answer:
         self._min_tokens = min_tokens
         self._include_stop = include_stop
         self._report_stop_token = report_stop_token
+        self._on_token = on_token
         self._at_start = True
         self._logprobs: list[Logprob] = []  # of tokens whose text is held back
         self.has_begun = False  # the model has read the input
         self._token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
         self.num_tokens = 0  # generated so far; a stop token is not one of the answer's
         self.num_cached_tokens = 0  # of the prompt text, known from the first token on
         self.prompt_logprobs: tuple[Logprob | None, ...] | None = None
@@ -58,6 +62,7 @@ class Answer:
         """Deliver every piece. A stop string ends the generation at once."""
         try:
             async for token in self._generation:
+                self._on_token(token)
                 piece = self._push(token)
                 if piece.text or piece.finish_reason:
                     self._logprobs.clear()
@@ -114,6 +119,7 @@ class Answer:
         return self._piece(text, token.finish_reason)
 
     def _piece(self, text: str, finish_reason: FinishReason | None) -> Piece:
+        self.finish_reason = finish_reason
         return Piece(text, finish_reason, tuple(self._logprobs), tuple(self._token_ids))
 
     def _strip(self, text: str) -> str:

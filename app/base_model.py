@@ -143,7 +143,14 @@ def describe(model: PreTrainedModel, *, name: str, fingerprint: str, max_model_l
         head_dim=head_dim,
         vocab_size=int(config.vocab_size),
         max_model_len=min(positions),
+        embedding_norm=_embedding_norm(model, int(config.vocab_size)),
     )
+
+
+def _embedding_norm(model: PreTrainedModel, vocab_size: int) -> float:
+    """Of about a thousand tokens, through the module: some scale what stands in the table."""
+    ids = torch.arange(0, vocab_size, max(1, vocab_size // 1024), device=model.device)
+    return round(float(model.get_input_embeddings()(ids).float().norm(dim=1).median()), 4)
 
 
 def _require_causal_attention(config: PreTrainedConfig) -> None:

@@ -36,6 +36,8 @@ MAX_FLOAT16 = 65504.0
 # Embeddings are around 1 and the outliers of keys below 1000. Squares in a norm overflow float32 from 1e19 on, and
 # behind an overflow that a norm turns into 0 the logits are finite again: a trial run would not show it.
 MAX_MAGNITUDE = 1e6
+# Of virtual tokens over embeddings, by their medians. Those of the shipped prompts are 1.8 to 5.1.
+MAX_NORM_RATIO = 20.0
 # What the server adds to a manifest; an exported one may be uploaded again.
 _SERVER_KEYS = ("digest", "created_at", "peft_type", "num_virtual_tokens", "size_bytes")
 
@@ -98,7 +100,12 @@ def read_checkpoint(
         manifest=manifest,
         peft_type=adapter.peft_type,
         prompt=SoftPrompt(kind, tensor, content_digest(config, tensors, manifest)),
-        warnings=warnings + _base_warnings(adapter, manifest, base) + _range_warnings(largest),
+        warnings=(
+            warnings
+            + _base_warnings(adapter, manifest, base)
+            + _range_warnings(largest)
+            + _norm_warnings(kind, tensor, base)
+        ),
     )
 
 
@@ -175,6 +182,8 @@ def _check_manifest(manifest: ManifestInput) -> None:
     for label, count in Counter(manifest.labels).items():
         if count > 1:
             _refuse("invalid_manifest", f"the label {shorten(label)} occurs twice", file=MANIFEST_FILE)
+    if manifest.calibration and not manifest.labels:
+        _refuse("invalid_manifest", "calibration is for a version with labels", file=MANIFEST_FILE)
 
 
 def _check_shapes(config: AdapterConfig, header: SafetensorsHeader, task_id: int, base: BaseInfo) -> None:
@@ -252,6 +261,16 @@ def _range_warnings(largest: float) -> tuple[str, ...]:
     if largest <= MAX_FLOAT16:
         return ()
     return (f"magnitudes up to {largest:.4g} become infinite when the engine runs in float16 (limit 65504)",)
+
+
+def _norm_warnings(kind: Kind, tensor: torch.Tensor, base: BaseInfo) -> tuple[str, ...]:
+    """Hints at a prompt of another base, or one that training never moved, or blew up."""
+    if kind != "embedding" or not base.embedding_norm:
+        return ()
+    ratio = float(tensor.norm(dim=1).median()) / base.embedding_norm
+    if 1 / MAX_NORM_RATIO <= ratio <= MAX_NORM_RATIO:
+        return ()
+    return (f"the virtual tokens' median norm is {ratio:.3g} times that of the base model's embeddings",)
 
 
 def _base_warnings(config: AdapterConfig, manifest: ManifestInput, base: BaseInfo) -> tuple[str, ...]:

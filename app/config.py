@@ -1,18 +1,19 @@
-"""Settings: one frozen value from SOFTPROMPT_* variables and the command line, refused whole if any is wrong."""
+"""Settings: one frozen value from the command line, SOFTPROMPT_* variables and .env, refused whole if any is wrong."""
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import InvalidSettings
+from app.setting_sources import DEFAULT, PREFIX, Collected, Source, collect, nearest
 
-PREFIX = "SOFTPROMPT_"
 SECRETS = ("api_key", "database")  # never repeated, not even where they are wrong
 
 Positive = Annotated[int, Field(ge=1)]
@@ -29,6 +30,16 @@ def _sendable(secret: SecretStr) -> SecretStr:
     if not (16 <= len(text) <= 500 and text.isascii() and text.isprintable() and " " not in text):
         raise ValueError("16 to 500 characters, printable ASCII without spaces")
     return secret
+
+
+def _web_address(url: str) -> str:
+    try:
+        found = urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"no URL: {error}") from None
+    if found.scheme not in ("http", "https") or not found.hostname:
+        raise ValueError("must begin with http:// or https:// and name a host")
+    return url
 
 
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -136,7 +147,24 @@ class Settings(BaseSettings):
         30.0, description="Seconds a client may take to read a part of a stream; other replies get more, at 10 kB/s"
     )
     drain_timeout: Seconds = Field(30.0, description="Seconds requests in flight get to finish at shutdown")
+    url: Annotated[str, AfterValidator(_web_address)] = Field(
+        "http://127.0.0.1:8000",
+        description="The server that commands which need one talk to; `SOFTPROMPT_API_KEY` is their key",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least log level")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines on standard error: json or text; auto is text on a terminal, else json"
+    )
+    log_prompts: bool = Field(False, description="Log what the model reads of each request, too")
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="vllm: /metrics also has what vLLM has, by its names"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="OpenTelemetry collector to send traces to (OTLP over HTTP), e.g. http://collector:4318; default: "
+        "that of OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+    )
 
     @property
     def training_folder(self) -> Path:
@@ -144,22 +172,25 @@ class Settings(BaseSettings):
         return self.training_dir or self.registry / ".softprompt" / "training"
 
     @classmethod
-    def load(cls, **overrides: Any) -> Settings:
-        """Settings from the environment; `overrides` win, except those that are None (options not given).
+    def load(cls, **options: Any) -> Settings:
+        """Settings from options (those that are not None), the environment and a .env file; see `load_with_sources`."""
+        return load_with_sources(**options)[0]
 
-        Raises InvalidSettings with one line per problem, an unknown SOFTPROMPT_* variable included.
-        """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        ours = sorted(name for name in os.environ if name.upper().startswith(PREFIX))
-        problems = [_unknown(name) for name in ours if name.upper() not in variables()]
-        try:
-            settings = cls(**given)
-        except ValidationError as error:
-            problems += [_line(problem, given) for problem in error.errors(include_url=False)]
-            settings = None
-        if settings is None or problems:
-            raise InvalidSettings("\n".join(problems))
-        return settings
+
+def load_with_sources(**options: Any) -> tuple[Settings, dict[str, Source]]:
+    """The settings, and by field where each comes from. An option wins over the environment, that over .env.
+
+    Raises InvalidSettings with one line per problem, an unknown SOFTPROMPT_* variable included.
+    """
+    found = collect(variables(), SECRETS, options)
+    settings, problems = None, found.problems
+    try:
+        settings = Settings(**found.values)
+    except ValidationError as error:
+        problems += [_line(problem, found) for problem in error.errors(include_url=False)]
+    if settings is None or problems:
+        raise InvalidSettings("\n".join(problems))
+    return settings, {name: found.sources.get(name, DEFAULT) for name in Settings.model_fields}
 
 
 def variables() -> dict[str, str]:
@@ -167,21 +198,23 @@ def variables() -> dict[str, str]:
     return {PREFIX + field.upper(): field for field in Settings.model_fields}
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.upper(), variables(), n=1, cutoff=0.0)[0]
-    return f"{name} is not a setting; did you mean {near}?"
+def describe(settings: Settings, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """Every setting as JSON has it, with where it comes from; secrets hidden."""
+    values = settings.model_dump(mode="json")
+    return {
+        name: {"value": values[name], "source": source.kind, "name": source.name or None}
+        for name, source in sources.items()
+    }
 
 
-def _line(problem: Any, given: dict[str, Any]) -> str:
+def _line(problem: Any, found: Collected) -> str:
     """One readable line, naming the setting as its user wrote it."""
     location = str(problem["loc"][0])  # the first alias, even where the second was used
     field = variables().get(location.upper(), location)
     if field not in Settings.model_fields:
-        near = difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=0.0)[0]
-        return f"{field} is not a setting; did you mean {near}?"
-    name = field if field in given else PREFIX + field.upper()
-    if field == "port" and name not in os.environ and field not in given:
-        name = "PORT"
+        return f"{field} is not a setting; did you mean {nearest(field, Settings.model_fields)}?"
+    source = found.sources.get(field, DEFAULT)
+    name = (source.name or PREFIX + field.upper()) + " in .env" * (source.kind == ".env")
     reason = problem["msg"][:1].lower() + problem["msg"][1:]
     given_as = "set" if field in SECRETS else repr(problem["input"])
     return f"{name} is {given_as}: {reason}"

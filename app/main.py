@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
-from app import __version__
+from app import __version__, logs
 from app.access import Access
 from app.api import aliases, audit, classify, document, errors, generate, inspection, models, ops
 from app.api import registry as registry_routes
@@ -25,11 +25,14 @@ from app.api.concurrency import Threads
 from app.api.cors import Cors
 from app.api.deps import Readiness, State
 from app.api.hosts import HostMiddleware, allowed_hosts, is_loopback
+from app.api.metrics import Metrics
+from app.api.observe import ObserveMiddleware
 from app.api.openai import chat, completions, files, fine_tuning, tokenize
 from app.api.request_id import RequestIdMiddleware
 from app.api.schemas import Problem
 from app.api.server import Server, bind
 from app.api.settle import SettleMiddleware
+from app.api.tracing import Tracing
 from app.base_model import BaseModel, load_base_model
 from app.config import Settings
 from app.constraint import ConstraintCompiler
@@ -60,17 +63,23 @@ class LifespanState(TypedDict):
 
 
 def create_app(
-    settings: Settings, engine: Engine, registry: Registry, base: BaseModel, access: Access | None = None
+    settings: Settings,
+    engine: Engine,
+    registry: Registry,
+    base: BaseModel,
+    access: Access | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application over parts that are ready; its lifespan stops the engine at the end.
 
-    `access` is by default what the settings name.
+    `access` and `tracing` are by default what the settings name.
 
     `app.state.readiness` lets the server that runs it announce that it drains.
     """
     readiness = Readiness(engine)
     constraints = ConstraintCompiler(base.tokenizer, base.eos_token_ids, base.info.vocab_size)
     access = access or Access.open(settings)
+    tracing = tracing or Tracing.of(settings)
     folder = settings.training_folder
     uploads = FileStore(folder / "files", max_bytes=settings.max_training_bytes)
     jobs = JobStore(folder / "jobs", max_active=settings.max_training_queue)
@@ -81,8 +90,10 @@ def create_app(
 
     parts = Parts(settings, jobs, access, base, Publisher(engine, registry, base))
     training = Supervisor(parts, sweep=sweep_training)
+    vllm = settings.metrics_compat == "vllm"
+    metrics = Metrics(engine, registry, base, jobs, is_ready=readiness.is_ready, vllm=vllm)
     state = State(
-        *(settings, engine, registry, base, readiness, constraints, access, uploads, jobs, training),
+        *(settings, engine, registry, base, readiness, constraints, access, uploads, jobs, training, metrics),
         started_at=int(time.time()),
     )
 
@@ -108,6 +119,8 @@ def create_app(
                 chore.cancel()
             await asyncio.gather(*chores, return_exceptions=True)
             await anyio.to_thread.run_sync(engine.stop)
+            if tracing is not None:
+                await anyio.to_thread.run_sync(tracing.shut_down)
 
     app = FastAPIOffline(
         redoc_url=None,
@@ -122,12 +135,13 @@ def create_app(
         # The validator badge would send the schema to another host.
         swagger_ui_parameters={"validatorUrl": None},
     )
-    app.state.readiness, app.state.jobs = readiness, jobs
+    app.state.readiness, app.state.metrics, app.state.jobs = readiness, metrics, jobs
     # The last one is the outermost.
     app.add_middleware(SettleMiddleware)
     if settings.cors_origins:
         app.add_middleware(Cors, origins=settings.cors_origins)
     app.add_middleware(HostMiddleware, allowed=allowed_hosts(settings))
+    app.add_middleware(ObserveMiddleware, counts=metrics.counts, tracing=tracing)
     app.add_middleware(RequestIdMiddleware)
     errors.install(app)
     document.install(app)
@@ -147,6 +161,8 @@ def create_app(
         ops,
     ):
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
+    if tracing is not None:
+        tracing.install(app, base.info.name)
     return app
 
 
@@ -155,9 +171,11 @@ def serve(settings: Settings) -> None:
 
     Raises InvalidSettings, InvalidBaseModel, NotReady, and EngineFailed if the engine could not be kept alive.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    secrets = [secret.get_secret_value() for secret in (settings.api_key, settings.database) if secret is not None]
+    logs.configure(settings.log_level, settings.log_format, secrets)
     access = Access.open(settings)
     _check_exposure(settings, access)
+    tracing = Tracing.of(settings)
     listener = bind(settings.host, settings.port, stall_timeout=settings.send_timeout)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -171,7 +189,7 @@ def serve(settings: Settings) -> None:
     registry = Registry(Store(settings.registry), base.info)
     engine = local_engine(settings, base)
     engine.start()
-    app = create_app(settings, engine, registry, base, access)
+    app = create_app(settings, engine, registry, base, access, tracing)
     greeting = f"(base {base.info.name}, {len(registry.tasks())} tasks)"
     server = Server(
         app,

@@ -34,12 +34,33 @@ class Defaults(_Strict):
     stop: Annotated[list[StopString], Field(max_length=16)] | None = None
 
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0  # of a classifier: beyond, every probability is 0 and 1, or the same
+
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Calibration(_Strict):
+    """A classifier's scores are divided by `temperature` before they become probabilities (Guo et al. 2017).
+
+    The rest says what it was fitted on: rows, negative log-likelihood (nats per row) and expected calibration error.
+    """
+
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)]
+    rows: Annotated[int, Field(ge=1)] | None = None
+    nll_before: Loss | None = None
+    nll_after: Loss | None = None
+    ece_before: Share | None = None
+    ece_after: Share | None = None
+
+
 class ManifestInput(_Strict):
     """What an uploader may say. Everything is optional: a bare PEFT folder is served as it is."""
 
     base: BaseReference | None = None
     template: Annotated[str, StringConstraints(max_length=10_000)] | None = None
     labels: Annotated[list[Label], Field(min_length=2, max_length=1_000)] | None = None
+    calibration: Calibration | None = None  # of the probabilities of `labels`
     defaults: Defaults = Defaults()
     task_id: Annotated[int, Field(ge=0)] = 0  # row of a MULTITASK_PROMPT_TUNING checkpoint
     metrics: dict[str, Any] = Field(default_factory=dict)

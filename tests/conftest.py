@@ -39,6 +39,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.upper().startswith(PREFIX) or name == "PORT":
             monkeypatch.delenv(name)
+    monkeypatch.setattr("app.setting_sources.ENV_FILE", Path("/nonexistent/.env"))
 
 
 @pytest.fixture(scope="session")

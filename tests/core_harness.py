@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from app.engine.forward import Forward
 from app.engine.host_cache import HostCache
 from app.engine.kv_cache import KVCache
 from app.engine.model_runner import ModelRunner
+from app.engine.native.build import load_kernel
 from app.engine.native.decoder import NativeDecoder
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
 from app.engine.transformers_forward import TransformersForward
-from app.engine.weights import decoder_weights
+from app.engine.weights import DecoderWeights, decoder_weights
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 TOLERANCE = 1e-3
@@ -30,11 +33,23 @@ BACKENDS = ("transformers", "fused", "native")
 def make_forward(backend: str, model: Any, info: BaseInfo, cache: KVCache) -> Forward:
     if backend == "transformers":
         return TransformersForward(model, cache)
+    if backend == "native":
+        with patch("app.engine.native.decoder.load_kernel", lambda _: _kernel()):
+            return NativeDecoder(_weights(model, info.max_model_len), cache, quantization=None, num_threads=1)
     weights = decoder_weights(model, info.max_model_len)
     assert weights is not None, f"no fused decoder for {info.architecture}"
-    if backend == "fused":
-        return FusedDecoder(model, weights, cache)
-    return NativeDecoder(weights, cache, quantization=None, num_threads=1)
+    return FusedDecoder(model, weights, cache)
+
+
+# Thousands of harnesses, few models: the kernel is looked for once, and the weights of each model read once.
+_kernel = functools.cache(load_kernel)
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(model: Any, max_model_len: int) -> DecoderWeights:
+    weights = decoder_weights(model, max_model_len)
+    assert weights is not None, f"no native decoder for {type(model).__name__}"
+    return weights
 
 
 Answer = tuple[list[Token | Exception], list[torch.Tensor]]  # tokens, and the logits behind each

@@ -97,6 +97,7 @@ class FakeEngine:
         self.seconds_since_progress = 0.0
         self.ready = True
         self.given_up = False
+        self.restarts = 0
         self.logprobs: Callable[[list[int]], list[float]] = lambda tokens: [-0.5] * len(tokens)
         self.scale: Callable[[Call], float] = lambda call: 1.0  # of those, by prompt or text
         self.calls: list[Call] = []
@@ -165,13 +166,16 @@ class FakeEngine:
             prefixes=len(self.loaded),
             prefix_loads=len(self.loaded),
             prefix_evictions=0,
+            prefix_bytes=0,
+            queried_tokens=0,
+            cached_tokens=0,
             prefixes_in_host_memory=0,
             host_bytes=0,
             preemptions=0,
             steps=0,
             ready=self.ready and not self.stopped,
             given_up=self.given_up,
-            restarts=0,
+            restarts=self.restarts,
             seconds_since_progress=self.seconds_since_progress,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def read_folder(folder: Path, info: BaseInfo, task: int = 0) -> Checkpoint:
     return read_checkpoint(config, tensors, ManifestInput(task_id=task), info)
 
 
+@lru_cache(maxsize=16)
+def _load(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
 @torch.inference_mode()
 def oracle_logits(base: PreTrainedModel, folder: Path | None, token_ids: list[int], task: int = 0) -> torch.Tensor:
     """[len(token_ids), vocab_size]: one forward over the whole text, without a cache of ours."""
@@ -71,7 +77,7 @@ def oracle_logits(base: PreTrainedModel, folder: Path | None, token_ids: list[in
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if folder is None:
         return base(**inputs, use_cache=False).logits[0]
-    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    model = _load(base, folder)
     if model.active_peft_config.peft_type == "MULTITASK_PROMPT_TUNING":
         inputs["task_ids"] = torch.tensor([task])
     return model(**inputs).logits[0, -len(token_ids) :]
@@ -81,7 +87,7 @@ def oracle_logits(base: PreTrainedModel, folder: Path | None, token_ids: list[in
 def oracle_generate(
     base: PreTrainedModel, folder: Path, token_ids: list[int], max_new_tokens: int, task: int = 0
 ) -> list[int]:
-    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    model = _load(base, folder)
     extra = {}
     if model.active_peft_config.peft_type == "MULTITASK_PROMPT_TUNING":
         extra["task_ids"] = torch.tensor([task])

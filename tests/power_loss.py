@@ -186,12 +186,12 @@ def call_site() -> str:
     """Where in the registry's code this call comes from: three functions, innermost last."""
     found: list[str] = []
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.parent.name == "registry" and not (found and found[-1].startswith(f"{function}:")):
+    while frame is not None and len(found) < 3:
+        folder, function = os.path.dirname(frame.f_code.co_filename), frame.f_code.co_name
+        if folder.endswith("/registry") and not (found and found[-1].startswith(f"{function}:")):
             found.append(f"{function}:{frame.f_lineno}")
         frame = frame.f_back
-    return " ".join(reversed(found[:3]))
+    return " ".join(reversed(found))
 
 
 def write(tree: Tree, folder: Path) -> None:

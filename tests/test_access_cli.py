@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from app import cli, cli_keys
 from app.access import Access, AuditEntry, Database, KeyStore, Limits
 from app.access.audit import write_audit
+from app.cli import keys, main
 from app.config import Settings
 from app.errors import InvalidRequest
 
@@ -22,12 +22,12 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
-    monkeypatch.setattr(cli_keys.out, "width", 200)  # it was made when the environment was another
+    monkeypatch.setattr(keys.out, "width", 200)  # it was made when the environment was another
     return tmp_path / "prompts"
 
 
 def invoke(*arguments: str) -> Result:
-    return runner.invoke(cli.app, ["keys", *arguments], catch_exceptions=False)
+    return runner.invoke(main.app, ["keys", *arguments], catch_exceptions=False)
 
 
 def read(*arguments: str) -> Any:
@@ -100,7 +100,7 @@ def test_errors_are_one_readable_line(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["softprompt", "keys", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main.main()
     assert exit_.value.code == 1
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told

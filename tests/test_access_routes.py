@@ -63,6 +63,7 @@ ALLOWED = {
     "POST /v1/fine_tuning/jobs/{job}/pause": {"jobs", "admin"},
     "POST /v1/fine_tuning/jobs/{job}/resume": {"jobs", "admin"},
     "GET /v1/audit": {"admin"},
+    "GET /metrics": {"metrics", "admin"},
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY")
 
@@ -119,9 +120,8 @@ def test_who_gets_in(client: TestClient, roles: dict[str, dict[str, str]], route
             assert reply.status_code == 403 and reply.json()["error"]["code"] == "permission_denied", (role, reply.text)
 
 
-@pytest.mark.parametrize("route", ALLOWED)
-def test_no_other_spelling_gets_further(client: TestClient, roles: dict[str, dict[str, str]], route: str) -> None:
-    _, path = route.split()
+@pytest.mark.parametrize("path", dict.fromkeys(route.split()[1] for route in ALLOWED))
+def test_no_other_spelling_gets_further(client: TestClient, roles: dict[str, dict[str, str]], path: str) -> None:
     spellings = [url(path), url(path) + "/", "/" + url(path), url(path).replace("/", "//"), url(path).upper()]
     spellings += [url(path) + "?x=/livez", "/livez/.." + url(path), url(path) + "%2f", url(path) + ";/livez"]
     for method in METHODS:

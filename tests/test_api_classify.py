@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.api.classify import softmax
-from app.errors import NumericalError, Overloaded
+from app.errors import ContextLengthExceeded, NumericalError, Overloaded
 from tests.api_harness import NUM_VIRTUAL_TOKENS, Harness
 
 LABELS = ["positive", "negative", "mixed"]
@@ -96,6 +96,13 @@ def test_failures_give_the_pin_back(harness: Harness, client: TestClient, failur
     reply = client.post("/v1/classify", json={"task": "sentiment", "input": ["a", "b", "c"]})
     assert reply.status_code == status and "secret" not in reply.text
     assert {call.releases for call in harness.engine.calls} == {1}
+    assert harness.num_pins == 0
+
+
+def test_the_input_that_is_too_long_is_named(harness: Harness, client: TestClient) -> None:
+    harness.engine.refuse = (1, ContextLengthExceeded("too long", param="input"))
+    reply = client.post("/v1/classify", json={"task": "sentiment", "input": ["a", "b"]})
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == "input[1]: too long"
     assert harness.num_pins == 0
 
 

@@ -211,7 +211,7 @@ def test_stream_of_several_inputs(harness: Harness, client: TestClient) -> None:
     *pieces, last = events(reply.text)
     assert {event["id"] for event in [*pieces, last]} == {last["id"]}
     assert pieces[0]["digest"] == last["digest"] == version.digest, "said first and last"
-    assert set(pieces[1]) == {"id", "index", "text", "finish_reason"}
+    assert set(pieces[1]) == {"id", "index", "input_index", "text", "finish_reason"}
     assert set(last) == {"id", "task", "version", "digest", "system_fingerprint", "usage"}
     fingerprint = f"fp_{harness.base.info.fingerprint[7:19]}_{version.digest[7:19]}"
     assert pieces[0]["system_fingerprint"] == last["system_fingerprint"] == fingerprint
@@ -258,6 +258,50 @@ def test_too_long(harness: Harness, client: TestClient) -> None:
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
     assert reply.json()["error"]["param"] == "input"
+    assert harness.num_pins == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_outputs_of_a_list_say_which_input_is_theirs(harness: Harness, client: TestClient, streamed: bool) -> None:
+    """Also where each has several answers, which come as they are made."""
+    harness.publish("sentiment")
+    body = {"task": "sentiment", "input": ["a", "b", "c"], "n": 2}
+    if streamed:
+        found = [event for event in stream(client, **body) if "index" in event]
+    else:
+        found = generate(client, **body)["outputs"]
+        assert [output["index"] for output in found] == list(range(6))
+    places = {(output["index"], output["input_index"]) for output in found}
+    assert places == {(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)}
+    texts = [call.token_ids for call in harness.engine.calls]
+    assert texts == [harness.tokens(text) for text in "aabbcc"]
+
+
+def test_a_list_of_one_is_a_list(client: TestClient) -> None:
+    assert generate(client, input=["a"])["outputs"][0]["input_index"] == 0
+    assert "input_index" not in generate(client, input="a")["outputs"][0]
+
+
+@pytest.mark.parametrize(("inputs", "param"), [([], "input"), (["x"] * 257, "input"), (["x", 3], "input")])
+def test_lists_that_are_refused_whole(harness: Harness, client: TestClient, inputs: list[Any], param: str) -> None:
+    reply = client.post("/v1/generate", json={"input": inputs})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == param
+    assert not harness.engine.calls
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("n", "calls", "number"), [(1, 2, 2), (2, 2, 1), (3, 2, 0)])
+def test_one_that_is_too_long_is_named_and_no_other_is_answered(
+    harness: Harness, client: TestClient, streamed: bool, n: int, calls: int, number: int
+) -> None:
+    harness.publish("sentiment")
+    harness.engine.refuse = (calls, ContextLengthExceeded("too long", param="input"))
+    body = {"task": "sentiment", "input": ["a", "b", "c"], "n": n, "stream": streamed}
+    reply = client.post("/v1/generate", json=body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and (error["param"], error["code"]) == ("input", "context_length_exceeded")
+    assert error["message"] == f"input[{number}]: too long"
+    assert [(call.closed, call.releases) for call in harness.engine.calls] == [(True, 1)] * calls
     assert harness.num_pins == 0
 
 

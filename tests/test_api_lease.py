@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from app.api.counts import Counts
 from app.api.lease import Lease
+from app.api.request_stats import RequestStats
 from app.engine import SamplingParams
 from app.errors import EngineFailed, Overloaded
-from app.registry import Version
+from app.registry import Pin, Version
 from tests.api_harness import Harness
 
 
@@ -24,13 +26,17 @@ def harness(tmp_path: Path) -> Harness:
     return harness
 
 
+def lease_of(pin: Pin | None) -> Lease:
+    return Lease(pin, lambda: None, RequestStats(Counts(list)))
+
+
 @pytest.fixture
 def version(harness: Harness) -> Version:
     return harness.registry.resolve("a")
 
 
 def test_the_last_share_releases_the_pin(harness: Harness, version: Version) -> None:
-    lease = Lease(harness.registry.pin("a"))
+    lease = lease_of(harness.registry.pin("a"))
     shares = [lease.share() for _ in range(3)]
     for give_back in shares[:2]:
         give_back()
@@ -41,7 +47,7 @@ def test_the_last_share_releases_the_pin(harness: Harness, version: Version) -> 
 
 
 def test_from_many_threads(harness: Harness, version: Version) -> None:
-    lease = Lease(harness.registry.pin("a"))
+    lease = lease_of(harness.registry.pin("a"))
     own, start = lease.share(), threading.Barrier(8)
 
     def hold_and_give_back() -> None:
@@ -60,7 +66,7 @@ def test_from_many_threads(harness: Harness, version: Version) -> None:
 
 
 def test_an_engine_that_refuses(harness: Harness, version: Version) -> None:
-    lease = Lease(harness.registry.pin("a"))
+    lease = lease_of(harness.registry.pin("a"))
     own = lease.share()
     harness.engine.refuse = (0, Overloaded("no room"))
     with pytest.raises(Overloaded):
@@ -74,7 +80,7 @@ def test_an_engine_that_refuses(harness: Harness, version: Version) -> None:
 
 def test_an_engine_that_gives_back_and_fails(harness: Harness, version: Version) -> None:
     """Both sides give the same share back; the request's own share must survive that."""
-    lease = Lease(harness.registry.pin("a"))
+    lease = lease_of(harness.registry.pin("a"))
     own = lease.share()
     harness.engine.fail_after = (0, EngineFailed("broken"))
     with pytest.raises(EngineFailed):
@@ -98,7 +104,7 @@ def test_a_cancelled_score_is_the_engines_to_give_back(
     monkeypatch.setattr(harness.engine, "score", score)
 
     async def main() -> None:
-        lease = Lease(harness.registry.pin("a"))
+        lease = lease_of(harness.registry.pin("a"))
         own = lease.share()
         task = asyncio.create_task(lease.score(harness.engine, [1], [[2]]))
         await asyncio.sleep(0)
@@ -113,6 +119,6 @@ def test_a_cancelled_score_is_the_engines_to_give_back(
 
 
 def test_the_bare_base_has_nothing_to_release() -> None:
-    lease = Lease(None)
+    lease = lease_of(None)
     lease.share()()
     assert (lease.version, lease.prompt, lease.num_virtual_tokens) == (None, None, 0)

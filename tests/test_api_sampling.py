@@ -304,7 +304,7 @@ def test_the_majority_answers(harness: Harness, client: TestClient) -> None:
     reply = client.post("/v1/generate", json={"task": references, "input": ["x", "y"]})
     body = reply.json()
     assert [output["text"] for output in body["outputs"]] == ["b", "b"], "of two equals the first named"
-    assert body["outputs"][1] == {"index": 1, "text": "b", "finish_reason": "stop", "votes": 2}
+    assert body["outputs"][1] == {"index": 1, "input_index": 1, "text": "b", "finish_reason": "stop", "votes": 2}
     assert body["task"] is None and body["version"] is None and body["digest"] is None
     assert body["members"] == [{"task": "task", "version": i + 1, "digest": digest} for i, digest in enumerate(digests)]
     assert reply.headers["X-Prompt-Version"] == ", ".join(references)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from app.api.concurrency import first, together
+from app.api.counts import Counts
+from app.api.request_stats import RequestStats
 from app.api.stream import Emit, EventStream
 from app.errors import EngineFailed, SoftpromptError
 
@@ -55,8 +57,10 @@ def run(
         nonlocal closed
         closed += 1
 
+    stats = RequestStats(Counts(list))
+
     async def main() -> None:
-        stream = EventStream(produce, close, send_timeout=0.05, headers={}, ping_interval=ping_interval)
+        stream = EventStream(produce, close, send_timeout=0.05, headers={}, stats=stats, ping_interval=ping_interval)
         if leave_after is not None:
             asyncio.get_running_loop().call_later(leave_after, client.left.set)
         async with asyncio.timeout(5):

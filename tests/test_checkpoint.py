@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from app.checkpoint import Checkpoint, content_digest, read_checkpoint, read_man
 from app.errors import InvalidPromptFile
 from app.manifest import BaseReference, Defaults, ManifestInput
 from app.soft_prompt import SoftPrompt
-from tests.tiny import ARCHITECTURES, tiny_info, tiny_model
+from tests.api_harness import files
+from tests.tiny import ARCHITECTURES, tiny_base, tiny_info, tiny_model
 
 # PEFT 0.21 with transformers 5.23: is_gradient_checkpointing has a new name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -199,6 +201,22 @@ def test_magnitudes_beyond_float16_are_a_warning() -> None:
     assert warnings_of(torch.full((N, 32), 65504.0)) == ()
     (warning,) = warnings_of(torch.full((N, 32), -65505.0))
     assert "float16" in warning
+
+
+@pytest.mark.parametrize(
+    ("value", "warned"), [(0.0, True), (0.04, True), (0.06, False), (1.0, False), (19.0, False), (21.0, True)]
+)
+def test_norms_far_from_the_embeddings_are_a_warning(value: float, warned: bool) -> None:
+    info = replace(tiny_base("llama").info, embedding_norm=32**0.5)
+    given = files(value)
+    found = read_checkpoint(given["adapter_config"], given["adapter_model"], ManifestInput(), info).warnings
+    assert len(found) == warned and all("median norm" in warning for warning in found)
+
+
+def test_the_norm_of_the_embeddings_is_that_of_the_table() -> None:
+    base = tiny_base("llama")
+    norms = base.model.get_input_embeddings().weight.norm(dim=1)
+    assert base.info.embedding_norm == pytest.approx(float(norms.median()), abs=1e-4)
 
 
 def test_digest_names_the_content() -> None:

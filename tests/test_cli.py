@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from app import __version__, cli
+from app import __version__
 from app.base_model import load_base_model
-from app.checkpoint import CONFIG_FILE
+from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
+from app.cli import main
+from app.errors import InvalidRequest
+from app.manifest import Calibration, ManifestInput
 from app.registry import Registry, Store
+from app.train.calibration import Judged
+from tests.api_harness import files
+from tests.cli_harness import run
 from tests.tiny import save_tiny
 
 runner = CliRunner()
@@ -29,7 +35,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rng = random.Random(0)
     data = tmp_path / "data"
     data.mkdir()
-    for split, count in (("train", 40), ("validation", 8), ("test", 12)):
+    for split, count in (("train", 40), ("validation", 10), ("test", 12)):
         rows = [(f"{rng.choice(['good', 'fine'])} {i}", "pos") for i in range(count)]
         rows += [(f"{rng.choice(['bad', 'poor'])} {i}", "neg") for i in range(count)]
         lines = [json.dumps({"input": text, "target": target}) for text, target in rows]
@@ -38,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invoke(*arguments: str) -> Result:
-    return runner.invoke(cli.app, arguments, catch_exceptions=False)
+    return runner.invoke(main.app, arguments, catch_exceptions=False)
 
 
 TRAIN = ("--template", r"{input}\nMood:", "--steps", "12", "--batch-size", "8", "--eval-every", "6")
@@ -48,11 +54,19 @@ def registry(home: Path) -> Registry:
     return Registry(Store(home / "prompts"), load_base_model(str(home / "tiny"), cache_dir=home / "cache").info)
 
 
-def test_train_scores_and_publishes_a_classifier(home: Path) -> None:
+def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(judged: Judged) -> Calibration:  # the tiny model is right too seldom for the real one
+        return Calibration(temperature=len(judged) / 10, rows=len(judged))
+
+    monkeypatch.setattr("app.train.job.fit", fit)
+    monkeypatch.setattr("app.cli.train.fit", fit)
     arguments = ("train", "mood", "--data", str(home / "data"), "--classify", *TRAIN)
-    result = invoke(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.")
-    assert result.exit_code == 0, result.output
+    result = run(
+        *(*arguments, "--init-text", "Is it good?", "--source", "licence=MIT", "--description", "Moods.", "--json")
+    )
     version = registry(home).resolve("mood")
+    assert result.document["reference"] == "mood:1" and result.document["digest"] == version.digest
+    assert result.document["metrics"] == version.manifest.metrics
     manifest = version.manifest
     assert version.reference == "mood:1"
     assert (manifest.template, manifest.labels) == ("{input}\nMood:", ["neg", "pos"])
@@ -69,6 +83,32 @@ def test_train_scores_and_publishes_a_classifier(home: Path) -> None:
     scores = invoke("eval", "mood@latest", "--data", str(home / "data" / "test.jsonl"), "--json")
     assert json.loads(scores.stdout.splitlines()[-1]) == manifest.metrics["soft_prompt"]
 
+    assert manifest.calibration is not None
+    assert manifest.calibration.temperature == 2.0, "fitted on the 20 validation rows, never on the 24 of the test"
+    assert {"ece", "ece_calibrated"} < manifest.metrics["soft_prompt"].keys()
+
+    arguments = ("calibrate", "mood", "--data", str(home / "data" / "train.jsonl"))
+    result = invoke(*arguments)
+    assert result.exit_code == 0 and "published mood:2" in result.stdout and "(80 rows)" in result.stdout
+    task = registry(home).task("mood")
+    one, two = task.versions.values()
+    assert task.aliases["latest"].version == 2 and one.digest != two.digest, "other probabilities"
+    assert one.files[TENSORS_FILE] == two.files[TENSORS_FILE] and one.files[CONFIG_FILE] == two.files[CONFIG_FILE]
+    assert two.manifest.calibration == Calibration(temperature=8.0, rows=80)
+    assert two.manifest.lineage["calibration"]["version"] == "mood:1" and two.manifest.metrics == manifest.metrics
+    registry(home).pin("mood:2").release()
+    assert "was published before as mood:2" in invoke(*arguments[:1], "mood:1", *arguments[2:]).stdout
+
+
+def test_only_classifiers_are_calibrated(home: Path) -> None:
+    given = files()
+    info = load_base_model(str(home / "tiny"), cache_dir=home / "cache").info
+    checkpoint = read_checkpoint(given["adapter_config"], given["adapter_model"], ManifestInput(), info)
+    registry(home).publish("mood", checkpoint)
+    with pytest.raises(InvalidRequest, match="mood:1 has no labels"):
+        invoke("calibrate", "mood", "--data", str(home / "data" / "train.jsonl"))
+    assert list(registry(home).task("mood").versions) == [1]
+
 
 def test_train_generates_without_labels_and_can_leave_aliases_alone(home: Path) -> None:
     arguments = ("train", "mood", "--data", str(home / "data"), *TRAIN, "--max-tokens", "4", "--stop", r"\n")
@@ -83,30 +123,25 @@ def test_train_generates_without_labels_and_can_leave_aliases_alone(home: Path) 
 
 
 def test_model_show_is_json(home: Path) -> None:
-    facts = json.loads(invoke("model", "show", "--json").stdout)
+    assert run("model", "pull", "--json").document == {"path": str(home / "tiny")}
+    facts = run("model", "show", "--json").document
     assert facts["name"] == "tiny" and facts["hidden_size"] == 32 and Path(facts["path"]) == home / "tiny"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["eval", "nothing", "--data", "DATA/test.jsonl"], "not"),
-        (["train", "mood", "--data", "DATA/missing"], "neither a file nor a folder"),
-        (["train", "Bad Name", "--data", "DATA", *TRAIN], "name"),
-        (["train", "mood", "--data", "DATA", "--steps", "0"], "max_steps"),
-        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], "{input}"),
+        (["eval", "nothing", "--data", "DATA/test.jsonl"], 4, "not"),
+        (["train", "mood", "--data", "DATA/missing"], 1, "neither a file nor a folder"),
+        (["train", "Bad Name", "--data", "DATA", *TRAIN], 1, "name"),
+        (["train", "mood", "--data", "DATA", "--steps", "0"], 1, "max_steps"),
+        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], 1, "{input}"),
     ],
 )
-def test_errors_are_one_readable_line(
-    home: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_readable_line(home: Path, arguments: list[str], code: int, message: str) -> None:
     filled = [argument.replace("DATA", str(home / "data")) for argument in arguments]
-    monkeypatch.setattr("sys.argv", ["softprompt", *filled])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 1
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    told = run(*filled, expect=code).err
+    assert message in told and "Traceback" not in told and told.startswith("error (")
 
 
 def test_version() -> None:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from app import cli
 from app.base_model import load_base_model
+from app.cli import main
 from app.errors import InvalidPromptFile, InvalidRequest, ReferenceNotFound
 from app.registry import Registry, Store
 from tests.tiny import save_tiny
@@ -38,7 +38,7 @@ def peft_folder(path: Path, value: float = 0.5) -> Path:
 
 
 def run(*arguments: object) -> str:
-    result = runner.invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    result = runner.invoke(main.app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -57,6 +57,9 @@ def test_there_and_back_again(home: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (home / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert "was published before as mood:1" in run("import", "mood", home / "out")
+    document = json.loads(run("import", "mood", home / "out", "--json"))
+    assert (document["reference"], document["created"]) == ("mood:1", False)
+    assert len(json.loads(run("export", "mood", home / "again", "--json"))["files"]) == 3
 
 
 def test_refusals(home: Path) -> None:

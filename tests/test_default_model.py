@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from app.base_model import BaseModel
 from app.registry import Registry, Store
@@ -20,6 +25,12 @@ INPUTS = (
     "901 Hamlet St, Evanston, IL 60202",
     "how much money is in my checking account, and what was the last thing that I bought with it",
 )
+
+
+@cache
+def peft_alone(model: PreTrainedModel, folder: Path | None, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """Once, whatever is held to it."""
+    return oracle_logits(model, folder, list(token_ids))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -43,7 +54,7 @@ def test_shipped_prompts_equal_peft_alone(
         folder = PROMPTS / name / "versions" / str(pin.version.number) if name and pin else None
         generated = harness.ids(number)
         assert len(generated) == NEW_TOKENS
-        expected = oracle_logits(base.model, folder, token_ids + generated)
+        expected = peft_alone(base.model, folder, (*token_ids, *generated))
         harness.assert_equals(number, token_ids, expected)
     harness.assert_clean()
 

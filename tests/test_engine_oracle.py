@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,21 +27,46 @@ PLACES = [(architecture, "transformers") for architecture in ARCHITECTURES]
 PLACES += [(architecture, backend) for architecture in FAMILY for backend in ("fused", "native")]
 
 
+class Adapters:
+    """Of one type for one model, with PEFT's answers: each is computed once, whatever is held to it."""
+
+    def __init__(self, architecture: str, peft_type: str, folder: Path) -> None:
+        self._model, self._peft_type = tiny_model(architecture), peft_type
+        self.folders = {
+            number: save_adapter(self._model, folder / str(number), peft_type, length, seed=number)
+            for number, length in enumerate((1, 7, 20, 100))
+        }
+        self.logits = cache(self._logits)
+
+    def _logits(self, number: int | None, token_ids: tuple[int, ...]) -> torch.Tensor:
+        folder = None if number is None else self.folders[number]
+        return oracle_logits(self._model, folder, list(token_ids), task_id(self._peft_type, number or 0))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Adapters]:
+    return cache(lambda architecture, kind: Adapters(architecture, kind, tmp_path_factory.mktemp("adapters")))
+
+
 @pytest.mark.parametrize(("architecture", "backend"), PLACES)
 @pytest.mark.parametrize("peft_type", PEFT_TYPES)
 def test_mixed_batch_equals_peft_alone(
-    architecture: str, backend: str, peft_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    backend: str,
+    peft_type: str,
+    adapters: Callable[[str, str], Adapters],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model(architecture)
     info = tiny_info(model)
     rng = random.Random(f"{architecture} {peft_type}")
     harness = Harness(model, info, monkeypatch, max_num_batched_tokens=48, backend=backend)
-    folders: dict[int, Path] = {}
-    prompts: dict[int, SoftPrompt] = {}
-    for number, length in enumerate((1, 7, 20, 100)):
-        folders[number] = save_adapter(model, tmp_path / str(number), peft_type, length, seed=number)
-        prompts[number] = read_folder(folders[number], info, task_id(peft_type, number)).prompt
-        assert prompts[number].num_virtual_tokens == length
+    oracle = adapters(architecture, peft_type)
+    prompts = {
+        number: read_folder(folder, info, task_id(peft_type, number)).prompt
+        for number, folder in oracle.folders.items()
+    }
+    assert [prompt.num_virtual_tokens for prompt in prompts.values()] == [1, 7, 20, 100]
     rows: list[tuple[int | None, list[int]]] = []
     for chosen in (0, 1, None, 0, 2, 3, None, 1, 3, 2, 0):
         rows.append((chosen, [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 60))]))
@@ -49,10 +76,7 @@ def test_mixed_batch_equals_peft_alone(
         harness.add(None if chosen is None else prompts[chosen], token_ids, max_tokens=NEW_TOKENS)
     harness.run()
     for name, (chosen, token_ids) in enumerate(rows):
-        folder = None if chosen is None else folders[chosen]
-        text = token_ids + harness.ids(name)
-        expected = oracle_logits(model, folder, text, task_id(peft_type, chosen or 0))
-        harness.assert_equals(name, token_ids, expected)
+        harness.assert_equals(name, token_ids, oracle.logits(chosen, (*token_ids, *harness.ids(name))))
     harness.assert_clean()
 
 

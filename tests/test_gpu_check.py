@@ -33,9 +33,10 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Toy shapes, and one model only."""
-    found = gpu_parity.configurations
+    """Toy shapes, one model only, and no long rows; `test_tiny` has them all."""
+    found, rows = gpu_parity.configurations, gpu_parity.make_rows
     monkeypatch.setattr(gpu_parity, "configurations", lambda machine: {"llama": found(machine)["llama"]})
+    monkeypatch.setattr(gpu_parity, "make_rows", lambda model: rows(model)[:4])
     return Machine(torch.device("cpu"), tiny=True, deadline=INF)
 
 
@@ -170,7 +171,7 @@ def test_graphs_that_were_given_up_fail(machine: Machine) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_engine(machine: Machine, monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
-    for module in ("scripts.gpu_engine", "app.engine.local"):
+    for module in ("scripts.gpu_engine", "app.engine.loaded_model"):
         monkeypatch.setattr(f"{module}.preferred_block_size", lambda *_, **__: block_size)
     report = Report()
     gpu_engine.engine_parity(machine, report, gpu_parity.configurations(machine))

@@ -14,14 +14,14 @@ APP = Path(__file__).resolve().parent.parent / "app"
 # Lower layers first: a module may import its own layer and those before it, never one after it.
 LAYERS = [
     {"errors", "strict_json"},
-    {"text", "soft_prompt", "safetensors_header"},
+    {"text", "soft_prompt", "safetensors_header", "setting_sources", "logs"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},
-    {"train", "access"},
+    {"train", "access", "client"},
     {"jobs"},
     {"api"},
-    {"main", "cli_train", "cli_registry", "cli_keys"},
+    {"main", "doctor"},
     {"cli"},
 ]
 WEB = {
@@ -33,6 +33,9 @@ WEB = {
     "httpx",
     "typer",
     "rich",
+    "prometheus_client",
+    "structlog",
+    "opentelemetry",
 }
 FORBIDDEN = {  # part of the product -> what it must never import, at any depth of its own files
     "engine": WEB | {"tokenizers", "peft", "llguidance"},
@@ -40,6 +43,7 @@ FORBIDDEN = {  # part of the product -> what it must never import, at any depth 
     "engine/block_manager": {"torch", "transformers", "numpy"},
     "engine/sequence": {"torch", "transformers", "numpy"},
     "engine/waiting": {"torch", "transformers", "numpy"},
+    "client": {"torch", "transformers", "numpy", "fastapi", "starlette", "typer", "rich"},
     "access": WEB | {"torch", "transformers"},
     "registry": WEB - {"pydantic"} | {"torch", "transformers"},
 }
@@ -90,6 +94,14 @@ def test_forbidden(place: str) -> None:
         assert not roots & FORBIDDEN[place], path
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(APP)))
+def test_extras_are_imported_only_where_they_are_asked_for(path: Path) -> None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {name.split(".")[0] for name in names} & {"opentelemetry", "psycopg", "flashinfer"}, path
+
+
 def test_the_engine_runs_without_the_web() -> None:
     """On a GPU machine with torch, transformers and safetensors alone."""
     script = "import sys, app.engine.local; print(*sorted({m.split('.')[0] for m in sys.modules}))"
@@ -98,6 +110,13 @@ def test_the_engine_runs_without_the_web() -> None:
 
 
 def test_keys_are_made_without_a_model() -> None:
-    script = "import sys, app.cli_keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    script = "import sys, app.cli.keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi"}
+
+
+def test_a_server_is_asked_without_a_model() -> None:
+    """So that `softprompt list` is there at once."""
+    script = "import sys, app.cli, app.client; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "transformers", "fastapi", "starlette", "numpy", "sqlalchemy"}

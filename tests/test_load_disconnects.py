@@ -31,7 +31,7 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"task": task, "input": rng.choice([text, ["a", text, "b"]])}
     if rng.random() < 0.25:
         return "/v1/classify", body | {"labels": ["positive", "negative", "on"]}
-    body |= {"max_tokens": rng.choice([1, 8, 150]), "n": rng.choice([1, 1, 3]), "stream": rng.random() < 0.6}
+    body |= {"max_tokens": rng.choice([1, 8, 60]), "n": rng.choice([1, 1, 3]), "stream": rng.random() < 0.6}
     body |= {"ignore_eos": True, "temperature": 0.7, "seed": rng.randrange(100)}
     if rng.random() < 0.1:
         body |= {"response_format": SCHEMA}

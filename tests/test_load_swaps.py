@@ -27,7 +27,7 @@ MAX_LIVE = 4  # versions; what is older is deleted, whoever uses it
 TEXTS = ("the first one", "and another text", "x")
 MAX_TOKENS = 12
 THINKING = 0.2  # seconds at most between a client's requests, so that the publisher gets its share of the cores
-STEP_SECONDS = 0.01  # long enough for many swaps within an answer
+STEP_SECONDS = 0.04  # long enough for many swaps within an answer, and the cores are the publisher's meanwhile
 TASK = "swapped"
 BODY = {"task": TASK, "max_tokens": MAX_TOKENS}
 
@@ -72,6 +72,7 @@ class Swaps:
         self.named: set[tuple[int, str]] = set()  # as replies said
         self.problems: list[str] = []
         self.num_replies = 0
+        self.num_overtaken = 0  # replies during which the alias moved
         self.num_swaps = 0
         self.num_deletions = 0
 
@@ -160,7 +161,7 @@ class Swaps:
             while not self._over.is_set() and not self.problems:
                 texts = rng.sample(TEXTS, rng.randint(1, 2))
                 streamed = number % 2 == 0
-                oldest = max(seen, self._history.oldest)
+                oldest, before = max(seen, self._history.oldest), self.num_swaps
                 reply = ask(connection, "POST", "/v1/generate", {**BODY, "input": texts, "stream": streamed})
                 assert reply.status == 200, reply.body
                 digest = (self._check_stream if streamed else self._check_plain)(reply, texts)
@@ -168,6 +169,7 @@ class Swaps:
                 assert found is not None, f"{reply.headers['x-prompt-version']} is older than what was known"
                 seen = found
                 self.num_replies += 1
+                self.num_overtaken += self.num_swaps > before
                 time.sleep(rng.random() * THINKING)
 
     def _check_plain(self, reply: Reply, texts: list[str]) -> str:
@@ -213,11 +215,13 @@ def swap(root: Path, num_swaps: int, *, check_every: int = 3, **options: Any) ->
         swaps.run(num_swaps)
         assert not swaps.problems, swaps.problems[:3]
         assert swaps.num_swaps >= num_swaps and swaps.num_replies >= NUM_CLIENTS
+        assert swaps.num_overtaken > swaps.num_replies / 2, "the alias rarely moved while an answer was under way"
         assert swaps.named <= set(swaps.versions.items()), "a number and a digest that do not belong together"
         server.assert_idle()
         print(  # noqa: T201
-            f"{swaps.num_swaps} swaps, {swaps.num_deletions} deletions, {swaps.num_replies} replies behind "
-            f"{len(swaps.named)} versions by {NUM_CLIENTS} clients in {time.monotonic() - start:.0f} s"
+            f"{swaps.num_swaps} swaps, {swaps.num_deletions} deletions, {swaps.num_replies} replies, "
+            f"{swaps.num_overtaken} overtaken by a swap, behind {len(swaps.named)} versions by {NUM_CLIENTS} clients "
+            f"in {time.monotonic() - start:.0f} s"
         )
     return swaps
 

@@ -520,6 +520,66 @@ async def test_an_engine_that_keeps_dying_stays_down(start: Any, monkeypatch: py
         engine.generate(None, TEXT, greedy())
 
 
+async def test_counters_never_fall_when_it_starts_again(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(restart_delay=0.001, kv_cache_tokens=96, host_cache_bytes=0)
+    text = [(7 * i) % VOCAB_SIZE for i in range(1, 40)]
+    for seed in (1, 2, 3):
+        await collect(engine.generate(random_prompt(seed, length=20), text, greedy(10)))
+    await collect(engine.generate(random_prompt(3, length=20), text, greedy(10)))
+    await asyncio.gather(*(collect(engine.generate(None, [i, *text], greedy(30))) for i in range(3)))
+    names = ("prefix_loads", "prefix_evictions", "queried_tokens", "cached_tokens", "preemptions", "steps")
+    before = {name: getattr(engine.stats(), name) for name in names}
+    assert all(before.values()), before
+    poison_schedule(engine, monkeypatch)
+    with pytest.raises(EngineFailed):
+        await collect(engine.generate(None, TEXT, greedy()))
+    await wait_until(lambda: engine.stats().restarts == 1 and engine.stats().ready)
+    after = {name: getattr(engine.stats(), name) for name in names}
+    assert all(after[name] >= before[name] for name in names), (before, after)
+
+
+async def test_times_are_those_of_the_engine(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late somebody reads them, and with the wait for a prompt that has to be computed."""
+    engine = start(max_num_seqs=1)
+    step_hook(engine, monkeypatch, lambda _: time.sleep(0.005))
+    began = time.monotonic()
+    first, second = (engine.generate(random_prompt(1), TEXT, greedy(10)) for _ in range(2))
+    await asyncio.sleep(0.3)
+    read_at = time.monotonic()
+    mine, others = [[token async for token in generation] for generation in (first, second)]
+    times = [token.made_at for token in mine + others]
+    assert times == sorted(times) and began < times[0] and times[-1] < read_at
+    assert mine[-1].made_at - mine[0].made_at >= 0.045
+    assert 0.005 <= mine[0].queue_seconds < 0.04, "its prompt took a step"
+    assert 0.05 <= others[0].queue_seconds < others[0].made_at - began
+    assert {token.queue_seconds for token in mine[1:] + others[1:]} == {0.0}
+
+
+async def test_text_is_looked_for_once_a_request(start: Any) -> None:
+    engine = start()
+    text = [(7 * i) % VOCAB_SIZE for i in range(1, 40)]
+    for _ in range(2):
+        await collect(engine.generate(random_prompt(1, length=16), text, greedy(5)))
+    assert (engine.stats().queried_tokens, engine.stats().cached_tokens) == (78, 32)
+    await engine.score(random_prompt(1, length=16), text, [[1, 2], [3, 4, 5]])
+    assert (engine.stats().queried_tokens, engine.stats().cached_tokens) == (117, 64)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    await collect(engine.generate(random_prompt(1, length=16), text, params))
+    assert engine.stats().queried_tokens == 117, "who needs every position computed looks for none"
+
+
+async def test_bytes_of_resident_prompts(start: Any) -> None:
+    engine = start(host_cache_bytes=2**20)
+    position = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+    await engine.load(random_prompt(1, length=20))
+    await engine.score(random_prompt(1, length=20), TEXT, [[1, 2], [3, 4, 5]])
+    assert engine.stats().prefix_bytes == 32 * position and engine.stats().host_bytes == 20 * position
+    await engine.load(random_prompt(2, length=3))
+    assert engine.stats().prefix_bytes == 48 * position
+    await engine.unload("sha256:1")
+    await wait_until(lambda: engine.stats().prefix_bytes == 16 * position)
+
+
 async def test_stopping_does_not_wait_for_a_restart(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(restart_delay=60)
     poison_schedule(engine, monkeypatch)

@@ -16,9 +16,12 @@ from app.engine.native.build import NativeUnavailable
 
 
 @pytest.fixture(autouse=True)
-def _built_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is built is not run here."""
-    monkeypatch.setattr(build, "FLAGS", ("-O0", *(flag for flag in build.FLAGS if flag != "-O3")))
+def _small_kernel(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built is not run here, and compiling the real one takes a second."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "kernel.c").write_text('__attribute__((visibility("default"))) int softprompt_step(void) { return 0; }\n')
+    monkeypatch.setattr(build, "_FOLDER", folder)
+    monkeypatch.setattr(build, "SOURCES", ("kernel.c",))
 
 
 def test_a_kernel_is_built_once_and_a_damaged_one_again(tmp_path: Path) -> None:
@@ -35,12 +38,16 @@ def test_a_kernel_is_built_once_and_a_damaged_one_again(tmp_path: Path) -> None:
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     script = (
-        f"from pathlib import Path; from app.engine.native import build; build.FLAGS = {build.FLAGS!r}; "
-        f"build.load_kernel(Path({str(tmp_path)!r}))"
+        "import sys, time; from pathlib import Path; from app.engine.native import build\n"
+        f"build._FOLDER, build.SOURCES = Path({str(build._FOLDER)!r}), {build.SOURCES!r}\n"
+        f"here = Path({str(tmp_path)!r}); (here / sys.argv[1]).touch()\n"
+        "while not ((here / 'a').exists() and (here / 'b').exists()): time.sleep(0.001)\n"
+        "build.load_kernel(here / 'kernels')\n"
     )
-    running = [subprocess.Popen([sys.executable, "-c", script], cwd=Path(build.__file__).parents[3]) for _ in range(2)]
+    folder = Path(build.__file__).parents[3]
+    running = [subprocess.Popen([sys.executable, "-c", script, name], cwd=folder) for name in ("a", "b")]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", ""])

@@ -262,6 +262,16 @@ def test_stream(harness: Harness, client: TestClient) -> None:
     assert harness.num_pins == 0
 
 
+def test_usage_so_far_in_every_chunk(client: TestClient) -> None:
+    """guidellm asks for it, and counts tokens by it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = stream(client, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+    assert chunks[-1]["usage"] == last["usage"] and last["choices"] == []
+    assert "usage" not in str(stream(client, stream_options={"continuous_usage_stats": True}))
+
+
 def test_stream_of_an_echo_with_logprobs(client: TestClient) -> None:
     for body in ({}, {"max_tokens": 0}, {"stop": "rev"}, {"logprobs": None}, {"n": 2}):
         options = {"prompt": "a é", "echo": True, "logprobs": 1, "max_tokens": 9, **body}
@@ -340,6 +350,8 @@ def test_errors_speak_of_the_prompt(harness: Harness, client: TestClient) -> Non
     harness.engine.refuse = (0, ContextLengthExceeded("too long", param="input"))
     error = refused(client)
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    harness.engine.refuse = (0, ContextLengthExceeded("too long", param="input"))
+    assert refused(client, prompt=["a", "b"])["message"] == "prompt[0]: too long"
     harness.engine.refuse = (1, Overloaded("no room"))
     reply = client.post(URL, json={"model": "tiny-llama", "prompt": ["a", "b"], "stream": True})
     assert reply.status_code == 503 and reply.headers["Retry-After"] == "1"

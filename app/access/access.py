@@ -178,6 +178,8 @@ class Access:
     async def _ensure_fresh(self) -> bool:
         """Whether what is known is, or has become, new enough for a request that came now."""
         now = self._clock()
+        if now - self._read_at <= FRESH:
+            return True  # nearly every request
         try:
             async with asyncio.timeout(PATIENCE if self._closed else OPEN_PATIENCE):
                 # Twice, if one was under way that is too old for it by now.

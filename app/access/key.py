@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-Scope = Literal["generate", "prompts:read", "prompts:write", "aliases:write", "jobs", "admin"]
+Scope = Literal["generate", "prompts:read", "prompts:write", "aliases:write", "jobs", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 SETTINGS_KEY_ID = "key_settings"  # of the key in SOFTPROMPT_API_KEY

@@ -12,7 +12,8 @@ from app.access import Caller
 from app.answer import Answer
 from app.api.deps import State
 from app.api.lease import Lease
-from app.api.reply import usage
+from app.api.reply import about_input, usage
+from app.api.request_stats import Unread
 from app.engine import Constraint, SamplingParams
 from app.text import Template
 
@@ -28,6 +29,8 @@ class Answers:
         self._to_pay = False  # once every answer has started, and until it is paid
         self._work: list[tuple[Lease, Sequence[Sequence[int]]]] = []  # the texts behind each lease, as token ids
         self._answers: list[Answer] = []
+        self._unread = Unread(0)  # of the input whose answers are being started
+        self._leases: list[Lease] = []  # of each answer
 
     def __getitem__(self, index: int) -> Answer:
         return self._answers[index]
@@ -48,6 +51,9 @@ class Answers:
     def read(self, lease: Lease, texts: Sequence[Sequence[int]]) -> None:
         """These texts are read behind the lease, each once however many samples it has."""
         self._work.append((lease, texts))
+        if self._state.settings.log_prompts:
+            tokenizer: Any = self._state.base.tokenizer
+            lease.stats.prompts += [tokenizer.decode(text) for text in texts]
 
     def start(
         self,
@@ -60,12 +66,25 @@ class Answers:
         constraint: Constraint | None,
         **options: Any,
     ) -> None:
-        """The next answer; `options` are `Answer`'s. Raises what `Engine.generate` does."""
-        generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
-        tokenizer = self._state.base.tokenizer
+        """The next answer; `options` are `Answer`'s. Raises what `Engine.generate` does, naming the text of several."""
+        num_texts = len(self._work[-1][1])
+        number = len(self._answers) // self._samples % num_texts
+        with about_input(number, num_texts):
+            generation = lease.generate(self._state.engine, text, params, constraint=constraint, salt=self._salt)
+        if len(self._answers) % self._samples == 0:
+            self._unread = Unread(len(text))
         self._answers.append(
-            Answer(generation, tokenizer, template, stop, min_tokens=params.min_tokens, **options),
+            Answer(
+                generation,
+                self._state.base.tokenizer,
+                template,
+                stop,
+                min_tokens=params.min_tokens,
+                on_token=lease.stats.clock(lease.version, self._unread),
+                **options,
+            ),
         )
+        self._leases.append(lease)
 
     def usage(self) -> dict[str, Any]:
         """By now."""
@@ -84,6 +103,13 @@ class Answers:
             if self._to_pay:
                 self._to_pay = False
                 self._caller.spend(self._num_made())
+                self._tell()
+
+    def _tell(self) -> None:
+        for lease, answer in zip(self._leases, self._answers, strict=True):
+            if answer.finish_reason in ("stop", "length"):
+                lease.stats.finishes(lease.version, answer.finish_reason)
+                lease.stats.is_answered = len(lease.stats.finish_reasons) == len(self._answers)
 
     def _num_made(self) -> int:
         """Tokens that were read or written: an input that only waited was neither."""

@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from app.api.concurrency import disconnection, first
+from app.api.deps import get_stats
 from app.api.json_text import dump_json
 from app.api.stream import Emit, EventStream
 
@@ -31,7 +32,14 @@ async def deliver(
 ) -> Response:
     """Takes over `run` and closes it. Raises ClientDisconnect and what `Run.whole` does."""
     if stream:
-        return EventStream(run.stream, run.aclose, send_timeout=send_timeout, deadline=deadline, headers=headers)
+        return EventStream(
+            run.stream,
+            run.aclose,
+            send_timeout=send_timeout,
+            deadline=deadline,
+            headers=headers,
+            stats=get_stats(request),
+        )
     try:
         reply = await first(run.whole(), disconnection(request.receive))
     finally:

@@ -12,7 +12,9 @@ from app.access import Access
 from app.api.concurrency import Room, Threads
 from app.api.door import Door
 from app.api.logprobs import TokenTexts
+from app.api.metrics import Metrics
 from app.api.places import Places
+from app.api.request_stats import RequestStats
 from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
@@ -26,6 +28,7 @@ MAX_SILENCE = 5.0  # seconds an engine may go without progress and still count a
 MAX_WAITING_SCHEMAS = 16  # one is compiled at a time, which may take a second or two
 MAX_UPLOADS = 8  # at once; each may hold its file in memory twice
 MAX_WAITING_INSPECTIONS = 8  # one is made at a time, which may take some seconds
+MAX_WAITING_SCRAPES = 4
 STORE_THREADS = 8  # writes of one process wait for each other anyway
 LOAD_THREADS = 32  # several requests may wait for the same prompt
 
@@ -45,6 +48,9 @@ class Readiness:
             engine = f"no progress for {stats.seconds_since_progress:.0f} seconds"
         return {"server": "draining" if self.draining else "ok", "engine": engine}
 
+    def is_ready(self) -> bool:
+        return all(found == "ok" for found in self.checks().values())
+
 
 @dataclass(frozen=True)
 class State:
@@ -60,9 +66,11 @@ class State:
     files: FileStore
     jobs: JobStore
     training: Supervisor
+    metrics: Metrics
     started_at: int  # Unix time
     compiling: Room = field(default_factory=lambda: Room(MAX_WAITING_SCHEMAS, "JSON schemas"), init=False)
     uploads: Places = field(default_factory=lambda: Places(MAX_UPLOADS, "uploads"), init=False)
+    scraping: Room = field(default_factory=lambda: Room(MAX_WAITING_SCRAPES, "scrapes"), init=False)
     inspecting: Room = field(default_factory=lambda: Room(MAX_WAITING_INSPECTIONS, "inspections"), init=False)
     # NOTE: not the threads that tokenise: a prompt that is in memory must need none that a disk holds up.
     storing: Threads = field(default_factory=lambda: Threads(STORE_THREADS), init=False)
@@ -86,6 +94,11 @@ class State:
 def get_state(request: Request) -> State:
     state: State = request.state.server
     return state
+
+
+def get_stats(request: Request) -> RequestStats:
+    stats: RequestStats = request.state.stats
+    return stats
 
 
 async def _state(request: Request) -> State:

@@ -32,8 +32,7 @@ def install(app: FastAPI) -> None:
 
 
 def _secure(operation: dict[str, Any]) -> None:
-    # NOTE: `health` is `readyz` under another name.
-    scope = NEEDS.get({"health": "readyz"}.get(operation["operationId"], operation["operationId"]))
+    scope = NEEDS[operation["operationId"]]
     if scope == PUBLIC:
         return
     # One of these, or none: a server without keys is open.

@@ -42,6 +42,7 @@ def problem_body(error: SoftpromptError, request_id: str) -> dict[str, Any]:
 
 def problem(request: Request, error: SoftpromptError, headers: Mapping[str, str] | None = None) -> Response:
     """The reply to a failed request."""
+    request.state.stats.fails(error)
     all_headers = {**error.headers, **(headers or {})}
     return _problem(request, error.status, error.title, error_object(error), error.retry_after, all_headers)
 
@@ -118,11 +119,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     code = status.phrase.lower().replace(" ", "_")
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"message": status.description or status.phrase, "type": kind, "param": None, "code": code}
+    request.state.stats.error_code = code
     return _problem(request, status, status.phrase, body, None, dict(error.headers or {}))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:  # noqa: ARG001
     """Nobody reads it; 499 is what proxies log for a client that left."""
+    request.state.stats.cause = "disconnect"
     return Response(status_code=499)
 
 

@@ -18,7 +18,7 @@ from app.api.body import JsonRoute
 from app.api.concurrency import together
 from app.api.deadline import DeadlineDep, until
 from app.api.delivery import deliver
-from app.api.deps import State, StateDep
+from app.api.deps import State, StateDep, get_stats
 from app.api.lease import Lease, leased
 from app.api.logprobs import logprob_entries, num_entries
 from app.api.reply import encode, identity, prompt_headers
@@ -79,7 +79,7 @@ async def generate(
     if isinstance(body.task, list) and len(body.task) > 1:
         _check_ensemble(body)
     with until(deadline):
-        async with leased(state, caller, body.task, user=body.user) as leases:
+        async with leased(state, caller, body.task, get_stats(request), user=body.user) as leases:
             run = await _Run.start(state, caller, leases, body)
         headers, timeout = prompt_headers(leases), state.settings.send_timeout
         return await deliver(run, request, stream=body.stream, send_timeout=timeout, deadline=deadline, headers=headers)
@@ -106,6 +106,8 @@ class _Run:
         self._identity = identity("gen", state.base.info, leases)
         self._with_logprobs = body.logprobs is not None
         self._num_outputs = len(as_list(body.input)) * body.n
+        self._samples = body.n
+        self._of_list = isinstance(body.input, list)
         self._num_members = len(leases)
         self._answers = Answers(state, caller, samples=body.n, cache_salt=body.cache_salt)
 
@@ -137,7 +139,9 @@ class _Run:
         """The plain reply."""
         pieces = await together(answer.text() for answer in self._answers)
         if self._num_members > 1:
-            outputs = [_majority(index, pieces[index :: self._num_outputs]) for index in range(self._num_outputs)]
+            outputs = [
+                self._place(index) | _majority(pieces[index :: self._num_outputs]) for index in range(self._num_outputs)
+            ]
         else:
             outputs = await self._outputs(dict(enumerate(pieces)), first=True)
         return {**self._identity, "outputs": outputs, "usage": self._answers.usage()}
@@ -177,7 +181,7 @@ class _Run:
         return make() if count <= MAX_ENTRIES_HERE else await anyio.to_thread.run_sync(make)
 
     def _output(self, index: int, piece: Piece, *, first: bool) -> dict[str, Any]:
-        output: dict[str, Any] = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}
+        output = {**self._place(index), "text": piece.text, "finish_reason": piece.finish_reason}
         if self._with_logprobs:
             output["logprobs"] = logprob_entries(self._token_texts, piece.logprobs)
         prompt = self._answers[index].prompt_logprobs
@@ -185,9 +189,13 @@ class _Run:
             output["prompt_logprobs"] = logprob_entries(self._token_texts, prompt)
         return output
 
+    def _place(self, index: int) -> dict[str, Any]:
+        """Its number, and that of its input where there is a list of them."""
+        return {"index": index} | ({"input_index": index // self._samples} if self._of_list else {})
 
-def _majority(index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+
+def _majority(pieces: Sequence[Piece]) -> dict[str, Any]:
     """The answer that most members gave; Counter keeps the order of first appearance among equals."""
     ((text, votes),) = Counter(piece.text for piece in pieces).most_common(1)
     reason = next(piece.finish_reason for piece in pieces if piece.text == text)
-    return {"index": index, "text": text, "finish_reason": reason, "votes": votes}
+    return {"text": text, "finish_reason": reason, "votes": votes}

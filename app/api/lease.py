@@ -9,6 +9,7 @@ from functools import partial
 
 from app.access import Caller
 from app.api.deps import State
+from app.api.request_stats import RequestStats
 from app.api.visible import check_reference
 from app.engine import Constraint, Engine, Generation, SamplingParams
 from app.errors import InvalidRequest
@@ -19,9 +20,10 @@ from app.soft_prompt import SoftPrompt
 class Lease:
     """One pin, or none for the bare base model, shared by engine calls; the last to end releases it."""
 
-    def __init__(self, pin: Pin | None, leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, pin: Pin | None, leave: Callable[[], None], stats: RequestStats) -> None:
         """`leave` is called when the engine counts the request itself."""
         self._leave = leave
+        self.stats = stats
         self.version: Version | None = pin.version if pin else None
         self.prompt: SoftPrompt | None = pin.prompt if pin else None
         self._pin = pin
@@ -45,9 +47,11 @@ class Lease:
         self._leave()
         give_back = self.share()
         try:
-            return engine.generate(
+            generation = engine.generate(
                 self.prompt, token_ids, params, constraint=constraint, salt=salt, on_release=give_back
             )
+            self.stats.is_admitted = True
+            return generation
         except BaseException:
             give_back()
             raise
@@ -58,6 +62,7 @@ class Lease:
         """`Engine.score` behind this version."""
         self._leave()
         give_back = self.share()
+        self.stats.is_admitted = True
         try:
             return await engine.score(self.prompt, token_ids, continuations, salt=salt, on_release=give_back)
         except Exception:
@@ -86,7 +91,7 @@ class Lease:
 
 @asynccontextmanager
 async def leased(
-    state: State, caller: Caller, task: str | list[str] | None, *, user: str | None = None
+    state: State, caller: Caller, task: str | list[str] | None, stats: RequestStats, *, user: str | None = None
 ) -> AsyncIterator[list[Lease]]:
     """Resolve each reference of `task` once and hold what they name while the request starts its engine calls.
 
@@ -97,6 +102,7 @@ async def leased(
     """
     give_back: list[Callable[[], None]] = []
     leases: list[Lease] = []
+    stats.begin(",".join(task) if isinstance(task, list) else task)
     try:
         for reference in task if isinstance(task, list) else [task]:
             check_reference(caller, reference, state.base.info.name)
@@ -109,7 +115,8 @@ async def leased(
                 pin = state.registry.pin_in_memory(version)
                 # Only what has to be read needs a thread, and then none of those that every request needs.
                 pin = pin or await state.loading.run(partial(state.registry.pin, named, user=user, drawn=version))
-            leases.append(Lease(pin, leave))
+            leases.append(Lease(pin, leave, stats))
+            stats.versions.append(leases[-1].version)
             give_back.append(leases[-1].share())
         # NOTE: not their digests, because versions of two tasks may have the same bytes.
         if len({lease.version and lease.version.reference for lease in leases}) < len(leases):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.responses import Response
 
 import app
 from app.api.access import CallerDep
 from app.api.deps import StateDep
+from app.api.metrics import CONTENT_TYPE
 from app.errors import NotReady
 
 router = APIRouter(tags=["operations"])
@@ -23,8 +26,8 @@ async def livez() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@router.get("/health", operation_id="health")
-@router.get("/readyz", operation_id="readyz")
+@router.get("/health", name="health")
+@router.get("/readyz")
 async def readyz(state: StateDep, verbose: Verbose = None) -> dict[str, Any]:
     """200 while the server should get traffic; 503 with the failing checks otherwise."""
     checks = state.readiness.checks()
@@ -35,6 +38,13 @@ async def readyz(state: StateDep, verbose: Verbose = None) -> dict[str, Any]:
         return {"status": "ready"}
     # A detail: what is in memory is served on, and no other server on the same folder would be better off.
     return {"status": "ready", "checks": checks | {"registry": state.registry.trouble() or "ok"}}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(state: StateDep, caller: CallerDep) -> Response:
+    """Prometheus metrics. Of tasks only those are named that the key may know of."""
+    text = await state.scraping.run(partial(state.metrics.text, caller.sees))
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 @router.get("/version")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import anyio.to_thread
 
 from app.api.lease import Lease
 from app.api.schemas import PromptTokensDetails, Usage
+from app.errors import RequestError
 from app.registry import Version
 from app.soft_prompt import BaseInfo
 
@@ -22,6 +24,17 @@ async def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bo
         return ids
 
     return await anyio.to_thread.run_sync(run)
+
+
+@contextmanager
+def about_input(number: int, count: int) -> Iterator[None]:
+    """Errors about one of several inputs say which, counted from 0."""
+    try:
+        yield
+    except RequestError as error:
+        if count > 1 and error.param == "input":
+            error.message = f"input[{number}]: {error.message}"
+        raise
 
 
 def identity(prefix: str, base: BaseInfo, leases: Sequence[Lease]) -> dict[str, Any]:

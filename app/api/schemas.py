@@ -31,7 +31,7 @@ CacheSalt = Annotated[
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
 Input = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
-    Field(description="One text, or several to be answered independently"),
+    Field(description="One text, or several that are answered independently, all by one version, or none of them"),
 ]
 
 
@@ -143,6 +143,13 @@ class ClassifyRequest(Strict):
         list[Label] | None,
         Field(min_length=2, max_length=1_000, description="Labels to choose from; the version's if absent"),
     ] = None
+    calibrated: Annotated[
+        bool | None,
+        Field(
+            description="Whether scores are divided by the version's temperature: by default where it has one for "
+            "these labels; with true it is 400 where it has none"
+        ),
+    ] = None
 
 
 class PromptTokensDetails(BaseModel):
@@ -163,6 +170,7 @@ class Member(BaseModel):
     task: str | None
     version: int | None
     digest: str | None
+    calibrated: bool | None = None  # of a classification
 
 
 class Reply(BaseModel):
@@ -186,6 +194,7 @@ class TokenLogprob(TopLogprob):
 
 class Output(BaseModel):
     index: int
+    input_index: int | None = None  # where the input is a list: which of it, counted from 0
     text: str
     finish_reason: Literal["stop", "length", "abort"]
     logprobs: list[TokenLogprob] | None = None
@@ -205,6 +214,7 @@ class Classification(BaseModel):
 
 
 class ClassifyReply(Reply):
+    calibrated: bool | None  # null for an ensemble, whose members each say so
     results: list[Classification]
     usage: Usage
 

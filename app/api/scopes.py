@@ -12,6 +12,7 @@ ANY_KEY: Final = "any key"
 NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "livez": PUBLIC,
     "readyz": PUBLIC,
+    "health": PUBLIC,
     "version": PUBLIC,
     "custom_swagger_ui_html": PUBLIC,
     "swagger_ui_redirect": PUBLIC,
@@ -53,6 +54,7 @@ NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "pause_fine_tuning_job": "jobs",
     "resume_fine_tuning_job": "jobs",
     "list_audit": "admin",
+    "metrics": "metrics",
 }
 
 # Those of starlette, which know no dependencies: the schema, and the files of its page.

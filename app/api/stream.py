@@ -19,6 +19,7 @@ from app.api.concurrency import disconnection, first
 from app.api.deadline import until
 from app.api.errors import error_object, unexpected
 from app.api.json_text import dump_json
+from app.api.request_stats import RequestStats
 from app.errors import SoftpromptError
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EventStream(Response):
         send_timeout: float,
         deadline: float = math.inf,
         headers: Mapping[str, str],
+        stats: RequestStats,
         ping_interval: float = PING_INTERVAL,
     ) -> None:
         self.status_code = 200
@@ -57,6 +59,7 @@ class EventStream(Response):
         self._close = close
         self._send_timeout = send_timeout
         self._deadline = deadline
+        self._stats = stats
         self._ping_interval = ping_interval
         self._sending = asyncio.Lock()
         self._last_sent = 0.0
@@ -66,8 +69,10 @@ class EventStream(Response):
         try:
             await first(self._run(), self._ping(), disconnection(receive))
         except ClientDisconnect:
+            self._stats.cause = "disconnect"
             log.debug("the client left a stream")
         except _ReaderStalled:
+            self._stats.cause = "slow_reader"
             log.info("a client took nothing for %g s: its stream is cut", self._send_timeout)
         finally:
             await self._close()
@@ -81,6 +86,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             failure = error if isinstance(error, SoftpromptError) else unexpected(error)
+            self._stats.fails(failure)
             await self._emit({"error": error_object(failure)})
         await self._write({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
         await self._write({"type": "http.response.body", "body": b"", "more_body": False})

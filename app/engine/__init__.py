@@ -6,6 +6,7 @@ Nothing here knows about text, HTTP or the registry.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -94,7 +95,8 @@ class Token:
 
     A stop token ends the generation and is not part of the answer: then `id` is None. The first one says what is
     known of the prompt text: how many of its tokens had their keys and values in the cache, and, if asked for, the
-    log-probability of each; None for the first, whose logits belong to what stands before the text.
+    log-probability of each; None for the first, whose logits belong to what stands before the text. It also says how
+    many seconds the request had waited until the model began with it.
     """
 
     id: int | None
@@ -102,11 +104,13 @@ class Token:
     logprob: Logprob | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    queue_seconds: float = field(default=0.0, compare=False)
+    made_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for metrics and readiness."""
+    """A snapshot for metrics and readiness. What counts events goes on counting when the engine starts again."""
 
     running: int
     waiting: int
@@ -115,6 +119,9 @@ class EngineStats:
     prefixes: int  # soft prompts, and contexts being scored, resident in the KV cache
     prefix_loads: int  # times a soft prompt's KV was computed or copied in
     prefix_evictions: int
+    prefix_bytes: int  # of the KV cache, held by soft prompts
+    queried_tokens: int  # of text that was looked for in the cache, once a request
+    cached_tokens: int  # of those, found there
     prefixes_in_host_memory: int
     host_bytes: int  # of those
     preemptions: int

@@ -22,13 +22,15 @@ class Prefix:
     users: int = 0  # sequences started from it that still hold blocks, and the one that fills it
     resident: bool = True
     ready: bool = False  # its keys and values are in place
+    is_soft_prompt: bool = True
 
 
 @dataclass
 class BlockManager:
     num_blocks: int
     block_size: int
-    num_evictions: int = field(default=0, init=False)
+    num_evictions: int = field(default=0, init=False)  # of soft prompts
+    num_soft_prompt_blocks: int = field(default=0, init=False)  # held by them
 
     def __post_init__(self) -> None:
         # Least recently used first. A named block stays findable here until it is given out again.
@@ -68,7 +70,7 @@ class BlockManager:
             return None
         for prefix in victims:
             self.drop(prefix)
-            self.num_evictions += 1
+            self.num_evictions += prefix.is_soft_prompt
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
@@ -148,6 +150,7 @@ class BlockManager:
         """Make a prefix findable; the manager takes over its references."""
         assert prefix.key not in self._prefixes, prefix.key
         self._prefixes[prefix.key] = prefix
+        self.num_soft_prompt_blocks += len(prefix.block_table) * prefix.is_soft_prompt
 
     def drop(self, prefix: Prefix) -> None:
         """Let nobody find the prefix any more; its blocks are free when its last user is done with it."""
@@ -158,6 +161,7 @@ class BlockManager:
 
     def _release_unused(self, prefix: Prefix) -> None:
         if prefix.users == 0 and not prefix.resident:
+            self.num_soft_prompt_blocks -= len(prefix.block_table) * prefix.is_soft_prompt
             self.release(prefix.block_table)
 
     def fork(self, prefix: Prefix | None, names: Sequence[bytes], num_tokens: int) -> Fork | None:

@@ -41,6 +41,14 @@ class EngineCore:
         self._releases: dict[Sequence, Callable[[], None]] = {}  # requests that have not ended
         self._unloaded: set[str] = set()  # prompts to be forgotten once more, with the last of their requests
 
+    def count_on_from(self, other: EngineCore) -> None:
+        """What one has counted, the one that takes its place counts on: a counter that falls would look like events."""
+        self.num_steps, self.num_loads = other.num_steps, other.num_loads
+        self.blocks.num_evictions = other.blocks.num_evictions
+        self.scheduler.num_preemptions = other.scheduler.num_preemptions
+        self.scheduler.num_queried_tokens = other.scheduler.num_queried_tokens
+        self.scheduler.num_cached_tokens = other.scheduler.num_cached_tokens
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -216,7 +224,7 @@ class EngineCore:
         table, context.block_table = context.block_table, []
         num_tokens = context.num_tokens
         self.scheduler.remove(context)
-        self.blocks.add(Prefix(score.key, num_tokens, table, ready=True))
+        self.blocks.add(Prefix(score.key, num_tokens, table, ready=True, is_soft_prompt=False))
         for index, tokens in reversed(list(enumerate(score.continuations))):
             if len(tokens) == 1:
                 score.pending -= 1

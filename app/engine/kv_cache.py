@@ -30,6 +30,10 @@ class KVCache:
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self._blocks = self.data.view(*shape[:2], num_blocks, block_size, *shape[3:])
 
+    @property
+    def block_bytes(self) -> int:
+        return self.data.nbytes // self._blocks.shape[2]
+
     def copy(self, copies: list[tuple[int, int, int]]) -> None:
         """Copy the first positions of blocks: (source, target, how many)."""
         # NOTE: slices, because an index of slots costs several times what the copy does.

@@ -19,36 +19,23 @@ from typing import Any
 import torch
 
 from app.engine import Constraint, EngineStats, SamplingParams
-from app.engine.attention_kernels import preferred_block_size
-from app.engine.backend import Quantization, build_forward
+from app.engine.backend import Quantization
 from app.engine.block_manager import BlockManager
-from app.engine.core import EngineCore, is_fatal
+from app.engine.core import is_fatal
 from app.engine.generation import LocalGeneration, Outbox, post
-from app.engine.host_cache import HostCache
 from app.engine.in_flight import InFlight
-from app.engine.kv_cache import KVCache, default_num_tokens
 from app.engine.limits import Limits
-from app.engine.model_runner import ModelRunner, self_check, self_check_blocks
-from app.engine.native.decoder import NativeDecoder
+from app.engine.loaded_model import LoadedModel
 from app.engine.restarts import RESTART_DELAY, Restarts
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import ContextSequence, GenerationSequence, Score
-from app.engine.weights import decoder_weights
 from app.errors import EngineFailed, InvalidRequest, NotReady
 from app.soft_prompt import BaseInfo, SoftPrompt
 
 log = logging.getLogger(__name__)
 
 IDLE_TURN = 0.5  # seconds between signs of life of an idle engine
-BLOCK_SIZE = 16  # positions, where the device's attention does not want another
 HOST_CACHE_BYTES = 2**30
-# Tokens of prompt text in one step: as many as the device computes in about the time that reading the weights takes,
-# so that a long prompt delays running streams little and wastes little.
-CPU_BATCHED_TOKENS = 128
-GPU_BATCHED_TOKENS = 2048
-# Relative to the largest logit, so that low precision passes and wrong masks do not.
-TOLERANCE = 5e-2
-INT8_TOLERANCE = 0.2
 
 
 class LocalEngine:
@@ -74,31 +61,18 @@ class LocalEngine:
         `cache_dir` is where the native decoder is kept once it is compiled. Raises ValueError for a model that takes
         gradients, InvalidBaseModel for a quantization that cannot be had here.
         """
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if trainable:
-            raise ValueError(f"the base model must be frozen; {trainable[0]} requires grad")
-        self._info = info
-        fused = decoder_weights(model, info.max_model_len) is not None
-        self._block_size = block_size = preferred_block_size(
-            model.device, model.dtype, BLOCK_SIZE, head_dim=info.head_dim, fused=fused
+        self._loaded = LoadedModel(
+            model,
+            info,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=kv_cache_tokens,
+            host_cache_bytes=host_cache_bytes,
+            quantization=quantization,
+            cache_dir=cache_dir,
         )
-        if kv_cache_tokens is None:
-            kv_cache_tokens = default_num_tokens(info, model.dtype, model.device, block_size)
-        num_blocks = 1 + -(-kv_cache_tokens // block_size)
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = CPU_BATCHED_TOKENS if model.device.type == "cpu" else GPU_BATCHED_TOKENS
-        self._num_blocks = num_blocks
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + block_size)
-        self._host = HostCache(host_cache_bytes)
-        self._model = model
         self._num_torch_threads = torch.get_num_threads()
-        self._cache = KVCache(
-            info, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
-        )
-        self._forward = build_forward(model, info, self._cache, quantization, cache_dir)
-        self._tolerance = INT8_TOLERANCE if quantization else TOLERANCE
-        self._core = self._new_core()
+        self._core = self._loaded.new_core()
         self._limits = Limits(info, self._blocks)
         self._outbox = Outbox()
         self._restarts = Restarts(restart_delay)
@@ -119,12 +93,12 @@ class LocalEngine:
     @property
     def backend(self) -> str:
         """See `Engine.backend`."""
-        return self._forward.describe
+        return self._loaded.describe
 
     @property
     def weight_bytes(self) -> int | None:
         """How many a step of one row reads; None where that is not known."""
-        return self._forward.weight_bytes if isinstance(self._forward, NativeDecoder) else None
+        return self._loaded.weight_bytes
 
     @property
     def _blocks(self) -> BlockManager:
@@ -136,13 +110,8 @@ class LocalEngine:
 
     def start(self) -> None:
         """Check the model once, then start the thread. Raises InvalidBaseModel."""
-        wanted = self_check_blocks(self._model, self._info, self._block_size)
-        blocks = self._blocks.allocate(max(2, min(wanted, self._blocks.num_usable_blocks)))
-        if blocks is None:
-            raise ValueError(f"the KV cache needs at least {2 * self._block_size} tokens")
-        self_check(self._forward, self._model, self._info, blocks, self._block_size, tolerance=self._tolerance)
-        self._blocks.release(blocks)
-        if isinstance(self._forward, NativeDecoder):
+        self._loaded.check(self._blocks)
+        if self._loaded.is_native:
             # Its threads and those that torch would keep spinning after every operation fight for the same cores.
             torch.set_num_threads(1)
         self._open = True
@@ -231,18 +200,23 @@ class LocalEngine:
 
     def stats(self) -> EngineStats:
         """Counters read without a lock: each is right, together they may be a step apart."""
+        core = self._core
+        blocks, scheduler = core.blocks, core.scheduler
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_total=self._blocks.num_usable_blocks,
-            kv_blocks_used=self._blocks.num_used_blocks,
-            prefixes=self._blocks.num_prefixes,
-            prefix_loads=self._core.num_loads,
-            prefixes_in_host_memory=len(self._core.runner.host),
-            host_bytes=self._core.runner.host.num_bytes,
-            prefix_evictions=self._blocks.num_evictions,
-            preemptions=self._scheduler.num_preemptions,
-            steps=self._core.num_steps,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=blocks.num_usable_blocks,
+            kv_blocks_used=blocks.num_used_blocks,
+            prefixes=blocks.num_prefixes,
+            prefix_loads=core.num_loads,
+            prefix_evictions=blocks.num_evictions,
+            prefix_bytes=blocks.num_soft_prompt_blocks * self._loaded.block_bytes,
+            queried_tokens=scheduler.num_queried_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            prefixes_in_host_memory=len(core.runner.host),
+            host_bytes=core.runner.host.num_bytes,
+            preemptions=scheduler.num_preemptions,
+            steps=core.num_steps,
             ready=self._open,
             given_up=self._restarts.exhausted,
             restarts=self._restarts.count,
@@ -324,22 +298,15 @@ class LocalEngine:
             return False
         if self._stopping.wait(delay):
             return False
-        self._core = self._new_core()
+        core = self._loaded.new_core()
+        core.count_on_from(self._core)
+        self._core = core
         with self._door:
             if self._stopping.is_set():
                 return False
             self._open = True
         log.warning("the engine has started again")
         return True
-
-    def _new_core(self) -> EngineCore:
-        """Empty books over the same memory; what stale blocks hold is never read."""
-        blocks = BlockManager(self._num_blocks, self._block_size)
-        runner = ModelRunner(self._forward, self._cache, self._host)
-        scheduler = Scheduler(
-            blocks, self._max_num_seqs, self._max_num_batched_tokens, has_keys_and_values=runner.has_keys_and_values
-        )
-        return EngineCore(blocks, scheduler, runner)
 
     def _obey(self, *, wait: bool) -> None:
         """Carry out the inbox's commands; with `wait`, give one a moment to arrive."""

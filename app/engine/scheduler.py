@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,6 +62,8 @@ class Scheduler:
     # Whether a prompt's keys and values can be had by copying, without the model.
     has_keys_and_values: Callable[[SoftPrompt], bool] = lambda prompt: prompt.kind == "kv"
     num_preemptions: int = field(default=0, init=False)
+    num_queried_tokens: int = field(default=0, init=False)  # of text that was looked for in the cache, once a request
+    num_cached_tokens: int = field(default=0, init=False)  # of those, found there
 
     def __post_init__(self) -> None:
         self.waiting = WaitingQueue()
@@ -181,12 +184,21 @@ class Scheduler:
         sequence.prefix = prefix
         sequence.block_table = fork.block_table
         sequence.num_computed_tokens = fork.num_tokens
-        if isinstance(sequence, GenerationSequence) and sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = fork.num_tokens - sequence.num_virtual_tokens
+        if sequence.queue_seconds is None:
+            self._count_first_start(sequence, prefix)
         num_found = fork.num_tokens // self.blocks.block_size - sequence.num_virtual_tokens // self.blocks.block_size
         for name in names[num_found:]:
             self._computing.setdefault(name, sequence)
         return True
+
+    def _count_first_start(self, sequence: Sequence, prefix: Prefix | None) -> None:
+        sequence.queue_seconds = time.monotonic() - sequence.created_at
+        num_cached = sequence.num_computed_tokens - sequence.num_virtual_tokens
+        if isinstance(sequence, GenerationSequence):
+            sequence.num_cached_tokens = num_cached
+        if sequence.reads_cached_text and (prefix is None or prefix.is_soft_prompt):
+            self.num_queried_tokens += sequence.num_tokens - sequence.num_virtual_tokens
+            self.num_cached_tokens += num_cached
 
     def _is_busy_loading(self, prompt: SoftPrompt) -> bool:
         """Whether the prompt would have to be computed behind a step's worth of others: it takes no blocks yet.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     prefix: Prefix | None = None  # in use while the sequence holds blocks
     names: list[bytes] = field(default_factory=list)  # of the full blocks of text, as far as they were needed
+    created_at: float = field(default_factory=time.monotonic, init=False)
+    queue_seconds: float | None = field(default=None, init=False)  # until it was admitted for the first time
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -163,7 +166,8 @@ class GenerationSequence(Sequence):
     def _emit(self, token_id: int | None, finish_reason: Any, logprob: Logprob | None) -> None:
         if len(self.token_ids) - self.num_prompt_tokens <= (token_id is not None):  # the first
             found = (None, *self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
-            self.emit(Token(token_id, finish_reason, logprob, self.num_cached_tokens or 0, found))
+            waited = self.queue_seconds or 0.0
+            self.emit(Token(token_id, finish_reason, logprob, self.num_cached_tokens or 0, found, waited))
         else:
             self.emit(Token(token_id, finish_reason, logprob))
 

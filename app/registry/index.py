@@ -35,6 +35,7 @@ class Index:
         self._on_gone = on_gone
         self._writing = threading.Lock()  # of this process; between processes the log decides
         self._snapshot = _Snapshot({}, {})
+        self.num_swaps = 0  # times an alias changed from one target to another
         self.refresh()
 
     def tasks(self) -> list[Task]:
@@ -144,6 +145,9 @@ class Index:
             after = new.states.get(name)
             if after is before:
                 continue
+            for alias in before.task.aliases.values():
+                moved = after and after.task.aliases.get(alias.name)
+                self.num_swaps += bool(moved and moved.target != alias.target)
             for number, version in before.task.versions.items():
                 if after is None or number not in after.task.versions:
                     self._on_gone(version)

@@ -63,6 +63,11 @@ class Registry:
         self._cleaner = Cleaner(store, self._index, self._pins)
         self._files = Files(store, self._index, self._quarantine, base)
 
+    @property
+    def num_swaps(self) -> int:
+        """Times an alias changed from one version, or one split, to another, since this registry was opened."""
+        return self._index.num_swaps
+
     def tasks(self) -> list[Task]:
         """Tasks that have a version, by name."""
         return self._index.tasks()

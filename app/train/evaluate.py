@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from app.answer import Answer
 from app.engine import Engine, SamplingParams
 from app.errors import Overloaded
+from app.manifest import Calibration
 from app.soft_prompt import SoftPrompt
 from app.text import Template
+from app.train.calibration import Judged
 from app.train.data import Row
 from app.train.metrics import accuracy, constant, macro_f1, naive_bayes, rouge_l
+
+T = TypeVar("T")
 
 ROWS_IN_FLIGHT = 64
 BUSY_SECONDS = 0.5  # until an engine that has no room is asked again
@@ -37,24 +43,54 @@ class Evaluator:
     rows_in_flight: int = ROWS_IN_FLIGHT
     on_row: Callable[[], None] = lambda: None  # called after every row
 
-    async def score(self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]) -> dict[str, float]:
-        """Scores of the answers behind `prompt` (None: the bare base model)."""
-        return self.compare(await self.predict(prompt, template, rows), rows)
+    async def score(
+        self,
+        prompt: SoftPrompt | None,
+        template: Template,
+        rows: Sequence[Row],
+        calibration: Calibration | None = None,
+    ) -> dict[str, float]:
+        """Scores of the answers behind `prompt` (None: the bare base model).
+
+        Calibration changes no answer: it shows in `ece_calibrated` alone.
+        """
+        if self.labels is None:
+            return self.compare(await self.predict(prompt, template, rows), rows)
+        scores = await self.label_scores(prompt, template, rows)
+        found = self.compare(_likeliest(self.labels, scores), rows)
+        judged = Judged.of(scores, [row.target for row in rows], self.labels)
+        if len(judged):
+            found["ece"] = round(judged.ece(), 4)
+            if calibration is not None:
+                found["ece_calibrated"] = round(judged.ece(calibration.temperature), 4)
+        return found
 
     async def predict(self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]) -> list[str]:
+        """One answer a row, in order."""
+        if self.labels is None:
+            return await self._each(rows, partial(self._generate, prompt, template))
+        return _likeliest(self.labels, await self.label_scores(prompt, template, rows))
+
+    async def label_scores(
+        self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]
+    ) -> list[list[float]]:
+        """Log-likelihood of each label for each row, in order."""
+        return await self._each(rows, partial(self._classify, prompt, template))
+
+    async def _each(self, rows: Sequence[Row], answer: Callable[[str], Awaitable[T]]) -> list[T]:
         """One answer a row, in order. An engine that others keep busy is waited for."""
         room = asyncio.Semaphore(self.rows_in_flight)
 
-        async def one(row: Row) -> str:
+        async def one(row: Row) -> T:
             async with room:
                 while True:
                     try:
-                        answer = await self._answer(prompt, template, row.input)
+                        found = await answer(row.input)
                         break
                     except Overloaded:
                         await asyncio.sleep(BUSY_SECONDS)
                 self.on_row()
-                return answer
+                return found
 
         return await asyncio.gather(*map(one, rows))
 
@@ -90,29 +126,30 @@ class Evaluator:
             candidates["chat"] = Template(str(chat))
         trial = random.Random(seed).sample(list(rows), min(ZERO_SHOT_TRIAL_ROWS, len(rows)))
         tried = {name: await self.score(None, form, trial) for name, form in candidates.items()}
-        best = max(tried, key=lambda name: tuple(tried[name].values()))
+        best = max(tried, key=lambda name: tuple(tried[name].values())[:2])  # what follows is no score
         scores = await self.score(None, candidates[best], rows)
         return {**scores, "form": best, "instruction": instruction}
 
-    def _answer(self, prompt: SoftPrompt | None, template: Template, text: str) -> Awaitable[str]:
-        token_ids: list[int] = self.tokenizer(template.prompt(text))["input_ids"]
-        if self.labels is not None:
-            return self._classify(prompt, template, token_ids, self.labels)
-        return self._generate(prompt, template, token_ids)
-
-    async def _classify(
-        self, prompt: SoftPrompt | None, template: Template, token_ids: list[int], labels: Sequence[str]
-    ) -> str:
+    async def _classify(self, prompt: SoftPrompt | None, template: Template, text: str) -> list[float]:
         continuations = [
-            self.tokenizer(template.target(label), add_special_tokens=False)["input_ids"] for label in labels
+            self.tokenizer(template.target(label), add_special_tokens=False)["input_ids"] for label in self.labels or ()
         ]
-        logprobs = [sum(found) for found in await self.engine.score(prompt, token_ids, continuations)]
-        return labels[logprobs.index(max(logprobs))]
+        found = await self.engine.score(prompt, self._encode(template, text), continuations)
+        return [math.fsum(tokens) for tokens in found]
 
-    async def _generate(self, prompt: SoftPrompt | None, template: Template, token_ids: list[int]) -> str:
+    async def _generate(self, prompt: SoftPrompt | None, template: Template, text: str) -> str:
+        token_ids = self._encode(template, text)
         virtual = prompt.num_virtual_tokens if prompt is not None else 0
-        room = self.engine.max_model_len - virtual - len(token_ids)
-        most = max(1, min(self.max_tokens, room))
+        most = max(1, min(self.max_tokens, self.engine.max_model_len - virtual - len(token_ids)))
         params = SamplingParams(max_tokens=most, temperature=0.0, stop_token_ids=self.eos_token_ids)
         generation = self.engine.generate(prompt, token_ids, params)
         return (await Answer(generation, self.tokenizer, template, self.stop).text()).text
+
+    def _encode(self, template: Template, text: str) -> list[int]:
+        token_ids: list[int] = self.tokenizer(template.prompt(text))["input_ids"]
+        return token_ids
+
+
+def _likeliest(labels: Sequence[str], scores: Sequence[Sequence[float]]) -> list[str]:
+    """Of each row; of equal ones the first."""
+    return [labels[row.index(max(row))] for row in scores]

@@ -13,9 +13,11 @@ from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, read_checkpoint
 from app.engine import Engine
 from app.errors import InvalidRequest, InvalidTrainingData
-from app.manifest import BaseReference, Defaults, ManifestInput
+from app.manifest import BaseReference, Calibration, Defaults, ManifestInput
+from app.soft_prompt import SoftPrompt
 from app.text import Template
-from app.train.data import Row, encode, read_rows
+from app.train.calibration import Judged, fit
+from app.train.data import Row, encode, hold_out, read_rows
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, ZERO_SHOT_TRIAL_ROWS, Evaluator
 from app.train.recipe import Recipe
 from app.train.report import TrainReport
@@ -94,7 +96,9 @@ class Job:
         room = base.info.max_model_len - self.recipe.num_virtual_tokens - spoken - self.answer_tokens
         encode(self.splits.test, base.tokenizer, self.template, room)
 
-    def manifest(self, base: BaseModel, report: TrainReport, metrics: dict[str, Any]) -> ManifestInput:
+    def manifest(
+        self, base: BaseModel, report: TrainReport, metrics: dict[str, Any], calibration: Calibration | None = None
+    ) -> ManifestInput:
         trained = report.as_dict()
         lineage = {
             "data": {**self.source, "digest": report.data_digest},
@@ -102,13 +106,20 @@ class Job:
             **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
             **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
         }
-        return self._manifest(base, metrics, lineage)
+        return self._manifest(base, metrics, lineage, calibration)
 
-    def _manifest(self, base: BaseModel, metrics: dict[str, Any], lineage: dict[str, Any]) -> ManifestInput:
+    def _manifest(
+        self,
+        base: BaseModel,
+        metrics: dict[str, Any],
+        lineage: dict[str, Any],
+        calibration: Calibration | None = None,
+    ) -> ManifestInput:
         return ManifestInput(
             base=BaseReference(name=base.info.name, fingerprint=base.info.fingerprint),
             template=self.template.text,
             labels=self.labels,
+            calibration=calibration,
             defaults=Defaults(max_tokens=self.max_tokens, stop=self.stop or None),
             metrics=metrics,
             lineage=lineage,
@@ -121,30 +132,57 @@ class Job:
         return read_checkpoint(config, tensors, manifest, base.info)
 
     def num_scored_rows(self, base: BaseModel, *, baselines: bool) -> int:
-        """How often `metrics` will call `on_row`."""
+        """How often `calibration` and `metrics` will call `on_row`."""
+        calibrated = 0 if self.labels is None else len(self._validation())
+        return calibrated + self._num_tested_rows(base, baselines=baselines)
+
+    def _num_tested_rows(self, base: BaseModel, *, baselines: bool) -> int:
         rows = len(self.splits.test)
         if not (baselines and self.instruction):
             return rows
         forms = 2 if base.tokenizer.chat_template else 1
         return rows * 2 + min(rows, ZERO_SHOT_TRIAL_ROWS) * forms
 
+    def _validation(self) -> list[Row]:
+        """As the training has them."""
+        return self.splits.validation or hold_out(self.splits.train, self.recipe.seed)[1]
+
+    async def load(self, base: BaseModel, engine: Engine, out_dir: Path) -> SoftPrompt:
+        """What training left in `out_dir`, tried on the model."""
+        prompt = self.read(out_dir, base, ManifestInput()).prompt
+        await engine.load(prompt)
+        return prompt
+
+    async def calibration(
+        self, base: BaseModel, engine: Engine, prompt: SoftPrompt, *, on_row: Callable[[], None]
+    ) -> Calibration:
+        """Of a classifier, on the validation rows. Raises InvalidTrainingData where they cannot tell."""
+        rows, labels = self._validation(), self.labels or []
+        scores = await self.evaluator(base, engine, on_row).label_scores(prompt, self.template, rows)
+        return fit(Judged.of(scores, [row.target for row in rows], labels))
+
     async def metrics(
-        self, base: BaseModel, engine: Engine, out_dir: Path, *, baselines: bool, on_row: Callable[[], None]
+        self,
+        base: BaseModel,
+        engine: Engine,
+        prompt: SoftPrompt,
+        *,
+        calibration: Calibration | None = None,
+        baselines: bool,
+        on_row: Callable[[], None],
     ) -> dict[str, Any]:
         """Scores on the whole test split, beside the floors and, with `baselines`, the zero-shot model.
 
-        Without test rows the prompt is still tried on the model, and there are no scores.
+        Without test rows there are none.
         """
         rows = self.splits.test
-        prompt = self.read(out_dir, base, ManifestInput()).prompt
-        await engine.load(prompt)
         if not rows:
             return {}
         evaluator = self.evaluator(base, engine, on_row)
         metrics: dict[str, Any] = {
             "split": "test",
             "rows": len(rows),
-            "soft_prompt": await evaluator.score(prompt, self.template, rows),
+            "soft_prompt": await evaluator.score(prompt, self.template, rows, calibration),
             "floor": evaluator.floors(self.splits.train, rows),
         }
         if baselines and self.instruction:

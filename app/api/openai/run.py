@@ -20,7 +20,7 @@ from app.api.answers import Answers
 from app.api.concurrency import together
 from app.api.deadline import until
 from app.api.delivery import deliver
-from app.api.deps import State
+from app.api.deps import State, get_stats
 from app.api.generate import MAX_ENTRIES_HERE
 from app.api.lease import Lease, leased
 from app.api.logprobs import num_entries
@@ -132,7 +132,10 @@ class Run(ABC):
         options = self._body.stream_options
         head = {**self._head, "object": self.chunk_kind}
         with_usage = bool(options and options.include_usage)
-        not_yet = {"usage": None} if with_usage else {}
+        continuous = bool(options and options.continuous_usage_stats)
+
+        def so_far() -> dict[str, Any]:
+            return {"usage": self._answers.usage() if continuous else None} if with_usage else {}
 
         async def relay(index: int) -> None:
             begins = True
@@ -142,7 +145,7 @@ class Run(ABC):
                 begun, begins = begins, False
                 count = self._num_entries(index, piece)
                 for chunk in await _out_of_the_way(count, lambda: self.chunks(index, piece, begins=begun)):
-                    await emit({**head, **chunk, **not_yet})
+                    await emit({**head, **chunk, **so_far()})
 
             await self._answers[index].read(deliver)
 
@@ -195,7 +198,7 @@ async def respond(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: only with stream", param="stream_options")
     with until(deadline), _named_here({"input": prompt_field, "prompt_logprobs": "logprobs"}):
-        async with leased(state, caller, body.model, user=body.user) as [lease]:
+        async with leased(state, caller, body.model, get_stats(request), user=body.user) as [lease]:
             running = run(lease)
             await running.start()
         headers = prompt_headers([lease]) | ({HEADER: ", ".join(ignored)} if ignored else {})
@@ -230,7 +233,7 @@ def _named_here(names: Mapping[str, str]) -> Iterator[None]:
         old = error.param
         if old is not None and old in names:
             error.param = names[old]
-            if error.message.startswith(f"{old}: "):
+            if error.message.startswith((f"{old}: ", f"{old}[")):
                 error.message = names[old] + error.message.removeprefix(old)
         raise
 

@@ -51,6 +51,9 @@ Prompt = Annotated[
 
 class StreamOptions(Strict):
     include_usage: Annotated[bool | None, Field(description="One more chunk, the last, has `usage`")] = None
+    continuous_usage_stats: Annotated[
+        bool | None, Field(description="With `include_usage`: every chunk has it, so far")
+    ] = None
     include_obfuscation: Annotated[bool | None, Field(description="Nothing is padded here")] = None
 
 

@@ -1,46 +1,52 @@
-"""The command line: serve, model, train, eval, import, export, keys."""
+"""The command line: its entry point, and the commands that work without a server."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from app import __version__, cli_keys
-from app.config import Settings
-from app.errors import SoftpromptError
+from app import __version__
+from app.cli import alias, ask, batch, bench, doctor, errors, keys, tasks
+from app.cli.output import AsJson, err, out, say, warn, write, write_json
+from app.config import Settings, load_with_sources
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=errors.EPILOG)
 model_app = typer.Typer(no_args_is_help=True, help="The base model.")
+for module in (ask, batch, tasks, alias, bench, doctor):
+    app.add_typer(module.app)
 app.add_typer(model_app, name="model")
-app.add_typer(cli_keys.app, name="keys")
-
-out, err = Console(), Console(stderr=True)
+app.add_typer(keys.app, name="keys")
 
 Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
 Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.jsonl, test.jsonl), or one JSONL file")]
 
 
 def main() -> None:
-    """Entry point: errors of ours are one readable line and exit code 1."""
+    """Entry point: whatever goes wrong is one readable line, or with --json one document, and an exit code."""
+    as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     try:
-        app()
-    except SoftpromptError as error:
-        err.print(f"[red]error[/red] ({error.code}): ", end="")
-        err.print(error.message, markup=False, highlight=False)
-        sys.exit(1)
+        code = app(standalone_mode=False)  # else typer would draw a box around wrong options
+    except typer.Abort:
+        say("nothing was done")
+        code = errors.FAILED
+    except Exception as error:
+        if not errors.is_known(error):
+            raise
+        errors.report(error, as_json=as_json)
+        code = errors.exit_code(error)
+    sys.exit(code)
 
 
 def _version(show: bool) -> None:
     if show:
-        out.print(__version__)
+        write(__version__)
         raise typer.Exit
 
 
@@ -50,36 +56,53 @@ def root(
 ) -> None:
     """One frozen language model, many soft prompts, chosen per request.
 
-    Settings come from SOFTPROMPT_* variables; options win over them.
+    Settings come from options, SOFTPROMPT_* variables and a .env file in the working directory, in this order.
     """
 
 
-@app.command()
+@app.command(epilog="Example: softprompt serve --port 8080")
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: name, folder, .gguf file or hub id")] = None,
     registry: Annotated[Path | None, typer.Option(help="Folder of the soft prompts")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without any key")] = False,
+    metrics_compat: Annotated[str | None, typer.Option(help="vllm: /metrics by vLLM's names too")] = None,
+    print_config: Annotated[bool, typer.Option(help="Print every setting and its source, secrets hidden")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --print-config: as JSON")] = False,
 ) -> None:
     """Serve the HTTP API."""
-    settings = Settings.load(host=host, port=port, model=model, registry=registry, insecure=insecure or None)
+    settings, sources = load_with_sources(
+        host=host,
+        port=port,
+        model=model,
+        registry=registry,
+        insecure=insecure or None,
+        metrics_compat=metrics_compat,
+    )
+    if print_config:
+        doctor.print_config(settings, sources, as_json=as_json)
+        return
     from app.main import serve as run  # torch and transformers take seconds that --help need not
 
     run(settings)
 
 
-@model_app.command()
-def pull() -> None:
+@model_app.command(epilog="Example: softprompt model pull")
+def pull(as_json: AsJson = False) -> None:
     """Fetch and convert the base model into the cache, once."""
     settings = Settings.load()
     from app.model_source import fetch_base_model
 
-    out.print(str(fetch_base_model(settings.model, cache_dir=settings.cache_dir)), highlight=False, soft_wrap=True)
+    path = str(fetch_base_model(settings.model, cache_dir=settings.cache_dir))
+    if as_json:
+        write_json({"path": path})
+    else:
+        write(path)
 
 
-@model_app.command()
-def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False) -> None:
+@model_app.command(epilog="Example: softprompt model show --json")
+def show(as_json: AsJson = False) -> None:
     """Name, fingerprint and dimensions of the base model."""
     base = _load_base(Settings.load())
     facts: dict[str, Any] = vars(base.info) | {
@@ -88,7 +111,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = F
         "path": str(base.path),
     }
     if as_json:
-        print(json.dumps(facts))  # noqa: T201  # rich would wrap it
+        write_json(facts)
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -96,7 +119,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = F
     out.print(table)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt train mood --data examples/data/sentiment_mixed --classify")
 def train(
     task: Task,
     data: Data,
@@ -119,13 +142,14 @@ def train(
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
     out_dir: Annotated[Path | None, typer.Option(help="Working folder; default: in the cache folder")] = None,
     baselines: Annotated[bool, typer.Option(help="Also score the base model without a soft prompt")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Train a soft prompt, score it on the test rows and publish it in the registry folder.
 
     A run that was stopped goes on where it was when started again with the same options.
     """
     settings = Settings.load()
-    from app.cli_train import train_and_publish
+    from app.cli.train import train_and_publish
     from app.text import Template
     from app.train import Recipe
     from app.train.job import Job, Splits
@@ -156,56 +180,97 @@ def train(
         command=shlex.join(["softprompt", *sys.argv[1:]]),
     )
     work = out_dir or settings.cache_dir / "training" / task
-    train_and_publish(job, settings, _load_base(settings), work, alias=alias or None, baselines=baselines, console=err)
+    base = _load_base(settings)
+    published = train_and_publish(job, settings, base, work, alias=alias or None, baselines=baselines, console=err)
+    if as_json:
+        write_json(_published(published))
 
 
-@app.command("import")
+@app.command("import", epilog="Example: softprompt import mood out/mood")
 def import_folder(
     task: Task,
     folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote; a manifest.json in it counts")],
     alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+    as_json: AsJson = False,
 ) -> None:
     """Publish a PEFT folder in the registry folder, no server needed."""
     settings = Settings.load()
-    from app.cli_registry import import_folder as run
+    from app.cli.registry import import_folder as run
 
     published = run(task, folder, settings, _load_base(settings), alias=alias or None)
-    for warning in published.warnings:
-        err.print("[yellow]warning[/yellow]:", warning, markup=True, highlight=False)
-    verb = "published" if published.created else "was published before as"
-    out.print(f"{verb} {published.version.reference}  {published.version.digest}", highlight=False, soft_wrap=True)
+    if as_json:
+        write_json(_published(published))
+        return
+    _tell(published)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt export mood:1 out/mood")
 def export(
     reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias")],
     folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a version as the PEFT folder that it came from, no server needed."""
     settings = Settings.load()
-    from app.cli_registry import export_version
+    from app.cli.registry import export_version
 
-    for path in export_version(reference, folder, settings, _load_base(settings)):
-        out.print(str(path), highlight=False, soft_wrap=True)
+    paths = [str(path) for path in export_version(reference, folder, settings, _load_base(settings))]
+    if as_json:
+        write_json({"files": paths})
+    else:
+        write("\n".join(paths))
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: softprompt eval mood --data examples/data/sentiment_mixed/test.jsonl")
 def evaluate(
     reference: Annotated[str, typer.Argument(help="task, task:7, task@alias, or the base model's name")],
     data: Annotated[Path, typer.Option(help="JSONL rows of input and target")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a published prompt on held-out rows."""
     settings = Settings.load()
-    from app.cli_train import evaluate_reference
+    from app.cli.train import evaluate_reference
     from app.train import read_rows
 
     rows = read_rows(data)
     scores = asyncio.run(evaluate_reference(reference, rows, settings, _load_base(settings), console=err))
     if as_json:
-        print(json.dumps(scores))  # noqa: T201
+        write_json(scores)
     else:
         out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
+
+
+@app.command(epilog="Example: softprompt calibrate mood --data validation.jsonl")
+def calibrate(
+    reference: Annotated[str, typer.Argument(help="task, task:7 or task@alias: a classifier")],
+    data: Annotated[Path, typer.Option(help="JSONL rows of input and target; never those that it is tested on")],
+    alias: Annotated[str, typer.Option(help="Alias to move to the new version; empty: none")] = "latest",
+    as_json: AsJson = False,
+) -> None:
+    """Fit the temperature of a classifier's probabilities and publish it as a new version of the same files.
+
+    Which label is likeliest never changes. `train --classify` has done this with its validation rows already.
+    """
+    settings = Settings.load()
+    from app.cli.train import calibrate_reference
+    from app.train import read_rows
+
+    rows, command = read_rows(data), shlex.join(["softprompt", *sys.argv[1:]])
+    published = asyncio.run(
+        calibrate_reference(
+            reference, rows, settings, _load_base(settings), alias=alias or None, command=command, console=err
+        )
+    )
+    found = published.version.manifest.calibration
+    assert found is not None
+    if as_json:
+        write_json(_published(published) | {"calibration": found.model_dump(mode="json")})
+        return
+    _tell(published)
+    write(
+        f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
+        f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)"
+    )
 
 
 def _load_base(settings: Settings) -> Any:
@@ -224,6 +289,24 @@ def _load_base(settings: Settings) -> Any:
     )
 
 
+def _tell(published: Any) -> None:
+    for warning in published.warnings:
+        warn(warning)
+    verb = "published" if published.created else "was published before as"
+    write(f"{verb} {published.version.reference}  {published.version.digest}")
+
+
+def _published(published: Any) -> dict[str, Any]:
+    version = published.version
+    return {
+        "reference": version.reference,
+        "digest": version.digest,
+        "created": published.created,
+        "warnings": list(published.warnings),
+        "metrics": version.manifest.metrics,
+    }
+
+
 def _unescape(text: str) -> str:
     """A shell's "\\n" and "\\t" as line feed and tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
@@ -234,7 +317,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not separator or not key:
         raise typer.BadParameter(f"{text!r} is not key=value", param_hint="--source")
     return key, value
-
-
-if __name__ == "__main__":
-    main()

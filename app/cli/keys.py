@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
+from app.cli.output import AsJson, err, out, write, write_json
 from app.config import Settings
 from app.errors import InvalidRequest
 
@@ -19,21 +18,17 @@ if TYPE_CHECKING:
     from app.access import Database, Key
 
 app = typer.Typer(no_args_is_help=True, help="Keys of the HTTP API.")
-out, err = Console(), Console(stderr=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
-
 _DURATION = re.compile(r"([1-9][0-9]{0,8})([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys create alice --scope generate --task 'support-*' --rpm 600 --expires 30d")
 def create(
     name: Annotated[str, typer.Argument(help="What you call it")],
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, prompts:read, prompts:write, aliases:write, jobs or admin (all); default: generate"
+            help="generate, prompts:read, prompts:write, aliases:write, jobs, metrics or admin (all); default: generate"
         ),
     ] = None,
     task: Annotated[
@@ -65,13 +60,13 @@ def create(
     )
     _note(database, "create_key", key.id)
     if as_json:
-        _print_json({**_shown(key), "secret": secret})
+        write_json({**_shown(key), "secret": secret})
     else:
         err.print(f"{key.id} ({', '.join(sorted(key.scopes))}). The secret is shown this once:")
-        print(secret)  # noqa: T201  # rich would wrap it
+        write(secret)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: softprompt keys list")
 def list_keys(as_json: AsJson = False) -> None:
     """Keys by age, with what they used today."""
     from app.access import KeyStore
@@ -87,7 +82,7 @@ def list_keys(as_json: AsJson = False) -> None:
             used = read_usage(connection, int(time.time() // DAY))
     rows = [{**_shown(key), "tokens_today": used.get(key.id, 0)} for key in keys]
     if as_json:
-        _print_json(rows)
+        write_json(rows)
         return
     table = Table(
         Column("id", no_wrap=True, min_width=20),
@@ -109,7 +104,7 @@ def list_keys(as_json: AsJson = False) -> None:
     out.print(table, markup=False)
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys revoke key_...")
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="key_...")], as_json: AsJson = False) -> None:
     """Revoke a key, at once and for ever. Running servers know within two seconds."""
     from app.access import KeyStore
@@ -121,12 +116,12 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="key_...")],
         raise InvalidRequest("there is no key of this id", param="ID", code="not_found")
     _note(database, "revoke_key", key_id)
     if as_json:
-        _print_json({"id": key_id, "revoked": True})
+        write_json({"id": key_id, "revoked": True})
     else:
         err.print(f"{key_id} is revoked")
 
 
-@app.command()
+@app.command(epilog="Example: softprompt keys audit --limit 20")
 def audit(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="So many of the newest entries")] = 100,
     as_json: AsJson = False,
@@ -140,7 +135,7 @@ def audit(
     entries = read_audit(database, limit=limit) if database.exists else []
     rows = [{**vars(entry), "time": _iso(entry.time)} for entry in entries]
     if as_json:
-        _print_json(rows)
+        write_json(rows)
         return
     table = Table(
         "time",
@@ -195,7 +190,3 @@ def _state(key: Key) -> str:
 
 def _iso(seconds: int | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value))  # noqa: T201

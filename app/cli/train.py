@@ -1,4 +1,4 @@
-"""What `softprompt train` and `softprompt eval` do, with their progress bars."""
+"""What `softprompt train`, `softprompt eval` and `softprompt calibrate` do, with their progress bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -13,15 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from app.base_model import BaseModel
+from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.config import Settings
 from app.engine.local import LocalEngine
-from app.errors import TrainingFailed
+from app.errors import InvalidRequest, InvalidTrainingData, TrainingFailed
 from app.local_engine import local_engine
+from app.manifest import Calibration, ManifestInput
 from app.registry import Published, Registry, Store
 from app.registry.reference import check_alias_name, check_task_name
 from app.text import Template
 from app.train import Progress as Step
 from app.train import Row, TrainReport
+from app.train.calibration import Judged, fit
+from app.train.data import digest
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
 from app.train.job import Job
 from app.train.trainer import train
@@ -55,8 +60,25 @@ def train_and_publish(
         console.print(f"[yellow]warning[/yellow]: {warning}")
     with _engine(settings, base) as engine, _bar(console) as bar:
         scored = bar.add_task("scoring", total=job.num_scored_rows(base, baselines=baselines))
-        metrics = asyncio.run(job.metrics(base, engine, work, baselines=baselines, on_row=lambda: bar.advance(scored)))
-    checkpoint = job.read(work, base, job.manifest(base, report, metrics))
+
+        async def measure() -> tuple[Calibration | None, dict[str, Any]]:
+            prompt, calibration = await job.load(base, engine, work), None
+            if job.labels is not None:
+                try:
+                    calibration = await job.calibration(base, engine, prompt, on_row=lambda: bar.advance(scored))
+                except InvalidTrainingData as error:
+                    console.print("[yellow]warning[/yellow]: not calibrated:", error.message, highlight=False)
+            return calibration, await job.metrics(
+                base,
+                engine,
+                prompt,
+                calibration=calibration,
+                baselines=baselines,
+                on_row=lambda: bar.advance(scored),
+            )
+
+        calibration, metrics = asyncio.run(measure())
+    checkpoint = job.read(work, base, job.manifest(base, report, metrics, calibration))
     published = registry.publish(job.task, checkpoint, alias=alias)
     verb = "published" if published.created else "was published before as"
     console.print(f"{verb} [bold]{published.version.reference}[/bold]  {published.version.digest}")
@@ -69,24 +91,64 @@ async def evaluate_reference(
     reference: str, rows: Sequence[Row], settings: Settings, base: BaseModel, *, console: Console
 ) -> dict[str, float]:
     """Scores of a published prompt, or of the bare base model under its own name; answers are greedy."""
-    prompt, template, labels, max_tokens, stop = None, Template(None), None, None, None
+    prompt, manifest = None, ManifestInput()
     if reference != base.info.name:
         pin = Registry(Store(settings.registry), base.info).pin(reference)
-        manifest = pin.version.manifest
-        prompt, template, labels = pin.prompt, manifest.parsed_template, manifest.labels
-        max_tokens, stop = manifest.defaults.max_tokens, manifest.defaults.stop
+        prompt, manifest = pin.prompt, pin.version.manifest
+    with _evaluator(manifest, len(rows), settings, base, console) as evaluator:
+        return await evaluator.score(prompt, Template(manifest.template), rows, manifest.calibration)
+
+
+async def calibrate_reference(
+    reference: str,
+    rows: Sequence[Row],
+    settings: Settings,
+    base: BaseModel,
+    *,
+    alias: str | None,
+    command: str,
+    console: Console,
+) -> Published:
+    """Publish a classifier again, its probabilities calibrated on `rows`: the same files under a new manifest.
+
+    It is a new version with another digest, because it answers with other probabilities. Raises InvalidRequest for a
+    version without labels, and what `fit` and the registry do.
+    """
+    if alias is not None:
+        check_alias_name(alias)
+    registry = Registry(Store(settings.registry), base.info)
+    pin = registry.pin(reference)
+    version, given = pin.version, pin.version.manifest
+    if not given.labels:
+        raise InvalidRequest(f"{version.reference} has no labels: only classifiers are calibrated", param="reference")
+    targets = [row.target for row in rows]
+    with _evaluator(given, len(rows), settings, base, console) as evaluator:
+        scores = await evaluator.label_scores(pin.prompt, given.parsed_template, rows)
+    calibration = fit(Judged.of(scores, targets, given.labels))
+    origin = {"version": version.reference, "digest": version.digest, "data": digest([], rows), "command": command}
+    changed = {"calibration": calibration, "lineage": {**given.lineage, "calibration": origin}}
+    kept = {name: getattr(given, name) for name in ManifestInput.model_fields}
+    config, tensors = (registry.read_file(version.task, version.number, name) for name in (CONFIG_FILE, TENSORS_FILE))
+    checkpoint = read_checkpoint(config, tensors, ManifestInput(**{**kept, **changed}), base.info)
+    return registry.publish(version.task, checkpoint, alias=alias, actor="calibrate")
+
+
+@contextmanager
+def _evaluator(
+    manifest: ManifestInput, num_rows: int, settings: Settings, base: BaseModel, console: Console
+) -> Iterator[Evaluator]:
+    """By what the manifest says of a version, with a bar for the rows."""
     with _engine(settings, base) as engine, _bar(console) as bar:
-        scored = bar.add_task("scoring", total=len(rows))
-        evaluator = Evaluator(
+        scored = bar.add_task("scoring", total=num_rows)
+        yield Evaluator(
             engine=engine,
             tokenizer=base.tokenizer,
             eos_token_ids=base.eos_token_ids,
-            labels=labels,
-            max_tokens=max_tokens or DEFAULT_ANSWER_TOKENS,
-            stop=stop or (),
+            labels=manifest.labels,
+            max_tokens=manifest.defaults.max_tokens or DEFAULT_ANSWER_TOKENS,
+            stop=manifest.defaults.stop or (),
             on_row=lambda: bar.advance(scored),
         )
-        return await evaluator.score(prompt, template, rows)
 
 
 def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainReport:
