@@ -1,0 +1,1 @@
+"""How good soft prompts are, beside the ways that change the model: docs/quality.md."""

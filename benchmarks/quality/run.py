@@ -1,0 +1,257 @@
+"""Train and answer every cell of the study: a task by a method with a seed. What is done already is not done again.
+
+A cell leaves one JSON file with the answers to the whole test split; soft prompts also leave their PEFT files. Workers
+are processes, each with a model of its own: on a GPU several keep it busy, on a CPU one is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import queue
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.train.data import encode
+from app.train.recipe import Recipe
+from app.train.report import Progress
+from app.train.trainer import train
+from benchmarks.quality.finetune import OutOfTime, few, finetune
+from benchmarks.quality.predict import classify, generate
+from benchmarks.quality.tasks import TASKS, StudyTask
+
+MAX_LENGTH = 1024
+NUM_SHOTS = 8
+FULL_RATES = (1e-4, 3e-5)
+LORA_RATES = (1e-3,)
+SOFT: dict[str, dict[str, Any]] = {
+    "soft20": {"num_virtual_tokens": 20},
+    "soft100": {"num_virtual_tokens": 100},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    task: str
+    method: str
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        told = "".join(f".{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.task}.{self.method}{told}.s{self.seed}"
+
+
+def cells(methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], rates: dict[str, Sequence[float]]) -> list[Cell]:
+    """In the order in which they are worth doing: a method for every task, then the next."""
+    found = []
+    for seed in seeds:
+        for method in methods:
+            for rate in rates.get(method, (0.0,)):
+                options = {"rate": rate} if rate else {}
+                found += [Cell(task, method, seed, options) for task in tasks]
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    data: Path
+    out: Path
+    model: Path
+    device: str
+    steps: int
+    epochs: int
+    batch_size: int
+    max_rows: int | None
+    deadline: float  # time.time(), which all processes share
+
+
+def do(study: Study, cell: Cell) -> dict[str, Any]:
+    """Raises OutOfTime."""
+    task, device = TASKS[cell.task], torch.device(study.device)
+    splits = task.splits(study.data)
+    limit = study.max_rows
+    training, validation, test = splits.train[:limit], splits.validation[:limit], splits.test[:limit]
+    tokenizer = AutoTokenizer.from_pretrained(study.model)
+    model = AutoModelForCausalLM.from_pretrained(study.model, dtype=torch.float32).to(device).eval()
+    labels = splits.labels() if task.classify else None
+    inputs = [row.input for row in test]
+    template = task.template
+    found: dict[str, Any] = {}
+    deadline = time.monotonic() + study.deadline - time.time()
+    began = time.monotonic()
+    if cell.method in ("full", "lora"):
+        own, held_out = (encode(rows, tokenizer, template, MAX_LENGTH) for rows in (training, validation))
+        tuned = finetune(
+            model,
+            own,
+            held_out,
+            kind="full" if cell.method == "full" else "lora",
+            learning_rate=cell.options["rate"],
+            epochs=study.epochs,
+            batch_size=study.batch_size,
+            seed=cell.seed,
+            deadline=deadline,
+        )
+        found |= {
+            "validation_loss": tuned.validation_loss,
+            "losses": tuned.losses,
+            "best_epoch": tuned.best_epoch,
+            "steps": tuned.steps,
+            "train_seconds": tuned.seconds,
+            "bytes": 4 * tuned.trainable,
+        }
+    elif cell.method == "few_shot":
+        template = task.few_shot(few(training, NUM_SHOTS, cell.seed))
+    elif cell.method == "zero_shot":
+        template = task.few_shot([])
+    else:
+        return _soft(study, cell, task, model, tokenizer, training, validation, deadline)
+    if labels is not None:
+        answers = classify(model, tokenizer, template, labels, inputs)
+    else:
+        answers = generate(model, tokenizer, template, inputs, max_tokens=task.max_tokens)
+    return found | {"answers": answers, "seconds": time.monotonic() - began}
+
+
+def _soft(
+    study: Study,
+    cell: Cell,
+    task: StudyTask,
+    model: Any,
+    tokenizer: Any,
+    training: Any,
+    validation: Any,
+    deadline: float,
+) -> dict[str, Any]:
+    """Trained by the product; the engine answers with it afterwards (`benchmarks.quality.answer`)."""
+    out = study.out / "prompts" / cell.name
+    recipe = Recipe(
+        **SOFT[cell.method],
+        **({"learning_rate": cell.options["rate"]} if "rate" in cell.options else {}),
+        init_text=task.instruction,
+        batch_size=study.batch_size,
+        max_steps=study.steps,
+        warmup_steps=min(15, study.steps // 10),
+        eval_every=max(1, study.steps // 20),
+        eval_rows=300,
+        patience=20,
+        checkpoint_every=study.steps,
+        max_length=MAX_LENGTH,
+        seed=cell.seed,
+    )
+
+    def on_progress(_: Progress) -> None:
+        if time.monotonic() > deadline:
+            raise OutOfTime
+
+    report = train(
+        model,
+        tokenizer,
+        training,
+        validation,
+        task.template,
+        recipe,
+        out,
+        base_name=study.model.name,
+        on_progress=on_progress,
+    )
+    return {
+        "validation_loss": report.best_validation_loss,
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "train_seconds": report.seconds,
+        "bytes": (out / "adapter_model.safetensors").stat().st_size,
+        "recipe": report.recipe,
+    }
+
+
+def work(study: Study, todo: Any) -> None:
+    """One worker: cells until there are none, or no time for one."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 8) if study.device == "cuda" else os.cpu_count() or 1)
+    while time.time() < study.deadline:
+        try:
+            cell: Cell = todo.get_nowait()
+        except queue.Empty:
+            return
+        path = study.out / f"{cell.name}.json"
+        if path.exists():
+            continue
+        began = time.time()
+        try:
+            found = do(study, cell)
+        except OutOfTime:
+            print(f"{cell.name}: no time", flush=True)
+            return
+        except Exception:
+            print(f"{cell.name}: FAILED\n{traceback.format_exc()}", flush=True)
+            continue
+        name = torch.cuda.get_device_name() if study.device == "cuda" else "CPU"
+        told = {"task": cell.task, "method": cell.method, "seed": cell.seed, **cell.options, "device": name, **found}
+        path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
+        path.with_suffix(".partial").replace(path)
+        loss = found.get("validation_loss", math.nan)
+        print(f"{cell.name}: {time.time() - began:.0f} s, validation loss {loss:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of tasks, each with three .jsonl files")
+    parser.add_argument("--model", type=Path, required=True, help="transformers folder of the base model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", default="zero_shot,few_shot,full,lora,soft20")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing, and end, after so long")
+    parser.add_argument("--steps", type=int, default=1000, help="of soft prompts")
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        # TF32 for the matrices, in every method alike.
+        os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"
+    (arguments.out / "prompts").mkdir(parents=True, exist_ok=True)
+    study = Study(
+        arguments.data,
+        arguments.out,
+        arguments.model,
+        arguments.device,
+        arguments.steps,
+        arguments.epochs,
+        arguments.batch_size,
+        arguments.max_rows,
+        time.time() + arguments.seconds,
+    )
+    context = multiprocessing.get_context("spawn")
+    todo = context.Queue()
+    rates: dict[str, Sequence[float]] = {"full": FULL_RATES, "lora": LORA_RATES}
+    wanted = cells(
+        arguments.methods.split(","), arguments.tasks.split(","), list(map(int, arguments.seeds.split(","))), rates
+    )
+    for cell in wanted:
+        todo.put(cell)
+    workers = [context.Process(target=work, args=(study, todo)) for _ in range(arguments.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    done = sum((study.out / f"{cell.name}.json").exists() for cell in wanted)
+    print(f"{done} of {len(wanted)} cells are done")
+
+
+if __name__ == "__main__":
+    main()
