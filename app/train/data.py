@@ -82,8 +82,13 @@ def _parse_row(line: bytes, source: str) -> Row:
     texts = [_text(value, name, source) for name in ("input", "target")]
     if not texts[1].strip():
         raise InvalidTrainingData(f"{source}: 'target' is empty")
-    task = value.get("task")  # of another type it is somebody's own member
-    return Row(texts[0], texts[1], source, task if isinstance(task, str) else "")
+    return Row(texts[0], texts[1], source, task_of(value))
+
+
+def task_of(row: dict[str, Any]) -> str:
+    """The row's "task"; a member of that name that is no text is somebody's own."""
+    task = row.get("task")
+    return task if isinstance(task, str) else ""
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

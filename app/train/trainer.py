@@ -60,13 +60,13 @@ def train(
     Raises InvalidTrainingData and InvalidRecipe before any work, TrainingFailed when the loss is
     not finite; nothing is published then.
     """
+    tasks = task_names(rows_train) if recipe.method == "multitask_prompt_tuning" else None
     if not rows_validation:
         rows_train, rows_validation = hold_out(rows_train, recipe.seed)
     if not rows_train:
         raise InvalidTrainingData("no training rows")
     if initial is not None and recipe.init not in (None, "prompt"):
         raise InvalidRecipe(f"init is {recipe.init}, and there is a prompt to start from", param="init")
-    tasks = task_names(rows_train) if recipe.method == "multitask_prompt_tuning" else None
     limit = _text_limit(model, recipe)
     examples = encode(rows_train, tokenizer, template, limit, tasks)
     held_out = encode(rows_validation, tokenizer, template, limit, tasks)
