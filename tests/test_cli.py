@@ -13,10 +13,11 @@ from app import __version__
 from app.base_model import load_base_model
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.cli import main
-from app.errors import InvalidRequest
+from app.errors import InvalidRecipe, InvalidRequest
 from app.manifest import Calibration, ManifestInput
 from app.registry import Registry, Store
 from app.train.calibration import Judged
+from app.train.recipe import METHODS
 from tests.api_harness import files
 from tests.cli_harness import run
 from tests.tiny import save_tiny
@@ -98,6 +99,53 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
     assert two.manifest.lineage["calibration"]["version"] == "mood:1" and two.manifest.metrics == manifest.metrics
     registry(home).pin("mood:2").release()
     assert "was published before as mood:2" in invoke(*arguments[:1], "mood:1", *arguments[2:]).stdout
+
+
+def test_train_by_other_methods_and_from_another_prompt(home: Path) -> None:
+    data = ("--data", str(home / "data"), "--virtual-tokens", "4", *TRAIN, "--steps", "4", "--no-baselines")
+    invoke("train", "first", *data, "--init-text", "Is it good?", "--residual")
+    arguments = ("train", "second", *data[:2], *data[4:], "--init-from", "first", "--method", "cartridge")
+    assert invoke(*arguments, "--learning-rate", "auto", "--budget", "1m").exit_code == 0
+    first, second = (registry(home).resolve(name) for name in ("first", "second"))
+    assert first.manifest.lineage["recipe"]["residual"] is True
+    lineage = second.manifest.lineage
+    assert lineage["started_from"] == "first:1" and lineage["recipe"]["init"] == "prompt"
+    assert lineage["recipe"]["budget_seconds"] == 60 and len(lineage["trials"]) == 3
+    config = json.loads(registry(home).read_file("second", 1, CONFIG_FILE))
+    assert (config["peft_type"], config["num_virtual_tokens"]) == ("CARTRIDGE", 4)
+    with pytest.raises(InvalidRequest, match="no --init"):
+        invoke(*arguments, "--init", "labels")
+    with pytest.raises(InvalidRecipe, match="method must be one of"):
+        invoke("train", "third", *data, "--method", "lora")
+    for option, value in (("--budget", "soon"), ("--learning-rate", "fast")):
+        assert invoke("train", "third", *data, option, value).exit_code == 2
+
+
+def test_train_one_of_several_tasks(home: Path) -> None:
+    for path in (home / "data").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{**row, "task": "mood"} for row in rows] + [
+            {**row, "task": "x", "target": row["input"]} for row in rows
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--method", "multitask_prompt_tuning", "--classify", *TRAIN, "--steps", "2", "--no-baselines")
+    assert invoke("train", "mood", "--data", str(home / "data"), *options, "--for-task", "mood").exit_code == 0
+    manifest = registry(home).resolve("mood").manifest
+    assert (manifest.task_id, manifest.labels, manifest.metrics["rows"]) == (0, ["neg", "pos"], 24)
+    assert manifest.lineage["tasks"] == ["mood", "x"]
+    options = options[:2] + options[3:]
+    assert (
+        invoke("train", "x", "--data", str(home / "data"), *options, "--for-task", "x", "--max-tokens", "2").exit_code
+        == 0
+    )
+    assert registry(home).resolve("x").manifest.task_id == 1
+    with pytest.raises(InvalidRequest, match="has the task 'z'"):
+        invoke("train", "z", "--data", str(home / "data"), *options, "--for-task", "z")
+
+
+def test_the_help_names_every_method() -> None:
+    for name in METHODS:
+        assert name in main._METHODS
 
 
 def test_only_classifiers_are_calibrated(home: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 from app.jobs.names import new_id
+from app.train.recipe import DEFAULT_LEARNING_RATES, METHODS, Recipe
 from tests.api_harness import Harness
 from tests.jobs_harness import ROWS, Jobs, fast_jobs, jsonl
 
@@ -79,7 +80,24 @@ BAD: list[tuple[dict[str, Any], str, int]] = [
     ({"hyperparameters": {"learning_rate_multiplier": 1e9}}, "hyperparameters", 400),
     ({"hyperparameters": {"batch_size": "many"}}, "hyperparameters", 400),
     ({"method": {"type": "dpo", "dpo": {}}}, "method", 400),
-    ({"method": {"type": "prefix_tuning"}}, "method", 400),
+    ({"method": {"type": "prefix"}}, "method", 400),
+    ({"method": {"type": "prefix_tuning", "prompt_tuning": {}}}, "method", 400),
+    ({"method": {"type": "cpt", "cpt": {"init": "labels"}}}, "init", 422),
+    ({"method": {"type": "p_tuning", "p_tuning": {"residual": True}}}, "residual", 422),
+    ({"method": {"type": "p_tuning", "p_tuning": {"hyperparameters": {"encoder": "gru"}}}}, "method", 400),
+    (
+        {"method": {"type": "cartridge", "cartridge": {"hyperparameters": {"num_virtual_tokens": 1}}}},
+        "num_frozen_tokens",
+        422,
+    ),
+    (tuning(init="words"), "method", 400),
+    (tuning(init="text"), "init_text", 422),
+    (tuning(init="labels", init_text="hi"), "init_text", 422),
+    (tuning(init="prompt"), "init", 400),
+    (tuning(for_task="a"), "for_task", 400),
+    (hyper(learning_rate=0.1, learning_rate_multiplier=2), "learning_rate_multiplier", 400),
+    (hyper(learning_rate="fast"), "method", 400),
+    (hyper(budget_seconds=0), "method", 400),
     ({"method": {}}, "method", 400),
     ({"method": "prompt_tuning"}, "method", 400),
     (hyper(num_virtual_tokens=10**6), "method", 400),
@@ -101,7 +119,7 @@ def test_a_bad_field_is_named(client: TestClient, file: str, change: dict[str, A
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (status, param), reply.text
     assert len(reply.content) < 2_000
-    if "type" in change.get("method", ()) and change["method"]["type"] != "prompt_tuning":
+    if "type" in change.get("method", ()) and change["method"]["type"] not in METHODS:
         assert "prompt_tuning" in error["message"], "what is supported is named"
 
 
@@ -186,9 +204,16 @@ def test_a_job_may_start_from_a_prompt(harness: Harness, jobs: Jobs) -> None:
     assert jobs.record(job).options.recipe["num_virtual_tokens"] == 4
     jobs.ask(job, "cancel")
     file = jobs.upload()
-    for members in ({"hyperparameters": {"num_virtual_tokens": 5}}, {"init_text": "hi"}):
+    for members in ({"hyperparameters": {"num_virtual_tokens": 5}}, {"init_text": "hi"}, {"init": "labels"}):
         reply = jobs.client.post(JOBS, json={"model": "started", "training_file": file, **tuning(**members)})
-        assert reply.status_code == 400 and reply.json()["error"]["param"] in ("num_virtual_tokens", "init_text")
+        assert reply.status_code == 400 and reply.json()["error"]["param"] in (
+            "num_virtual_tokens",
+            "init_text",
+            "init",
+        )
+    job = jobs.create(model="started", script="hold", method={"type": "prefix_tuning"})
+    assert jobs.record(job).options.recipe.items() >= {"method": "prefix_tuning", "init": "prompt"}.items()
+    jobs.ask(job, "cancel")
     assert harness.num_pins == 0
 
 
@@ -202,6 +227,27 @@ def test_what_openai_s_clients_send(jobs: Jobs, file: str) -> None:
         recipe = jobs.record(job).options.recipe
         assert recipe["batch_size"] == 8 and recipe["learning_rate"] == pytest.approx(0.4)
         jobs.until(job, "succeeded")
+
+
+def test_every_method_can_be_chosen(jobs: Jobs, file: str) -> None:
+    given: dict[str, Any] = {
+        "hyperparameters": {"learning_rate": "auto", "budget_seconds": 60, "encoder": "lstm", "num_ranks": 2},
+        "init_text": "hi",
+        "description": "hold",
+    }
+    for method in METHODS:
+        job = jobs.create(file, method={"type": method, method: given})
+        assert job["method"]["type"] == method and job["method"][method]["init_text"] == "hi"
+        assert job["method"][method]["hyperparameters"].items() >= given["hyperparameters"].items()
+        recipe = Recipe(**jobs.record(job).options.recipe)
+        assert (recipe.method, recipe.learning_rate, recipe.start) == (method, "auto", "text")
+        assert (recipe.budget_seconds, recipe.max_steps, recipe.encoder, recipe.num_ranks) == (60, 100_000, "lstm", 2)
+        jobs.ask(job, "cancel")
+    job = jobs.create(
+        file, method={"type": "cartridge", "cartridge": {"hyperparameters": {"learning_rate_multiplier": 2}}}
+    )
+    assert jobs.record(job).options.recipe["learning_rate"] == 2 * DEFAULT_LEARNING_RATES["cartridge"]
+    jobs.ask(job, "cancel")
 
 
 def test_a_deleted_file_takes_nothing_from_a_job(jobs: Jobs, client: TestClient) -> None:

@@ -130,6 +130,24 @@ def test_it_starts_from_another_prompt(tmp_path: Path) -> None:
     assert torch.allclose(found, initial, atol=1e-6)
 
 
+def test_rows_of_several_tasks(tmp_path: Path) -> None:
+    other = {"negative": "no", "positive": "yes"}
+    rows = [{**row, "task": "b"} for row in ROWS] + [
+        {**row, "task": "a", "target": other[row["target"]]} for row in ROWS
+    ]
+    recipe = {**RECIPE, "method": "multitask_prompt_tuning", "max_steps": 3, "warmup_steps": 0}
+    for wanted, found, labels in ((None, "a", ["no", "yes"]), ("b", "b", ["negative", "positive"])):
+        given = prepared(tmp_path / f"job-{found}", rows=rows, options={"recipe": recipe, "for_task": wanted})
+        checked = json.loads((tmp_path / f"job-{found}/work/checked.json").read_text())
+        assert checked["task"] == found and checked["labels"] == labels
+    told = run(given)
+    assert told[-1]["report"]["tasks"] == ["a", "b"]
+    tensors = load_file(tmp_path / "job-b/work/out/adapter_model.safetensors")
+    assert tensors["prefix_task_cols"].shape == (2, 4, 1)
+    with pytest.raises(InvalidRecipe, match="has this task"):
+        prepared(tmp_path / "bad", rows=rows, options={"recipe": recipe, "for_task": "c"})
+
+
 def test_another_base_model_is_refused(tmp_path: Path) -> None:
     given = prepared(tmp_path / "job")
     given["base"] = {**given["base"], "fingerprint": "sha256:other"}

@@ -29,7 +29,8 @@ from app.train import Progress, Recipe, Row, TrainReport, hold_out, read_rows
 from app.train.checkpoint import load_checkpoint
 from app.train.data import batches, count_shared, digest, encode
 from app.train.forward import Batch, answer_nll, can_share
-from app.train.trainer import learning_rate, train
+from app.train.schedule import learning_rate
+from app.train.trainer import train
 
 COLOURS = ["red", "green", "blue", "white", "black"]
 WORDS = ["<eos>", "<unk>", *COLOURS, "warm", "cold", "a", "the", "very", "wall", ":", "colour", "is"]
@@ -150,7 +151,7 @@ def test_a_run_that_ended_early_resumes_to_the_same_result(
 
         def end(progress: Progress) -> None:
             if how == "killed" and progress.step == step:  # then nothing is written any more
-                patch.setattr("app.train.trainer.save_checkpoint", lambda *_: None)
+                patch.setattr("app.train.loop.save_checkpoint", lambda *_: None)
             stop_after(step)(progress)
 
         run(llama, tokenizer, parts, on_progress=end)

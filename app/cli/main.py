@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from app import __version__
-from app.cli import alias, ask, batch, bench, completion, doctor, errors, keys, model, tasks
+from app.cli import alias, ask, batch, bench, completion, doctor, errors, keys, model, tasks, values
 from app.cli.output import AsJson, err, out, say, warn, write, write_json
 from app.config import Settings, load_with_sources
+from app.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=errors.EPILOG)
 for module in (ask, batch, tasks, alias, bench, doctor):
@@ -23,6 +25,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="keys")
 
 Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
+_METHODS = "prompt_tuning, p_tuning, prefix_tuning, cartridge, multitask_prompt_tuning or cpt"
 Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.jsonl, test.jsonl), or one JSONL file")]
 
 
@@ -94,12 +97,28 @@ def train(
     data: Data,
     template: Annotated[str, typer.Option(help='How {input} becomes text, e.g. "{input}\\nSentiment:"')] = "{input}\n",
     classify: Annotated[bool, typer.Option(help="The targets are labels; scores and serves /v1/classify")] = False,
+    method: Annotated[str, typer.Option(help=_METHODS)] = "prompt_tuning",
+    init: Annotated[str | None, typer.Option(help="Start: text, labels or vocabulary; default: by --init-text")] = None,
     init_text: Annotated[str, typer.Option(help="Instruction whose embeddings the virtual tokens start from")] = "",
+    init_from: Annotated[str | None, typer.Option(help="Start from this version: task, task:7 or task@alias")] = None,
+    residual: Annotated[bool, typer.Option("--residual", help="Train a network beside the prompt")] = False,
+    encoder: Annotated[str, typer.Option(help="Of p_tuning: mlp or lstm")] = "mlp",
+    ranks: Annotated[int, typer.Option(help="Of multitask_prompt_tuning: rank of a task's matrix")] = 1,
+    for_task: Annotated[
+        str | None, typer.Option(help="Of the rows' tasks the one to publish; default: the first")
+    ] = None,
+    frozen_tokens: Annotated[int, typer.Option(help="Of a cartridge: first tokens that stay as they are")] = 1,
+    cpt_epsilon: Annotated[float, typer.Option(help="How far cpt moves a token, in an embedding's norm")] = 0.5,
     instruction: Annotated[str, typer.Option(help="What the zero-shot baseline is told; default: --init-text")] = "",
-    virtual_tokens: Annotated[int, typer.Option(help="Length of the soft prompt")] = 20,
-    steps: Annotated[int, typer.Option(help="Most steps to train")] = 300,
+    virtual_tokens: Annotated[int | None, typer.Option(help="Length; default: 20, or that of --init-from")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Most steps to train; default: 300, or what --budget allows")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Time to train, e.g. 90s, 10m or 2h")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a step")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="In units of the embedding RMS")] = 0.2,
+    learning_rate: Annotated[
+        str | None, typer.Option(help="In units of what is trained; auto: try three; default: the method's")
+    ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between validations")] = 25,
     eval_rows: Annotated[int, typer.Option(help="Validation rows measured each time")] = 200,
     patience: Annotated[int, typer.Option(help="Validations without improvement before stopping")] = 6,
@@ -118,20 +137,36 @@ def train(
     A run that was stopped goes on where it was when started again with the same options.
     """
     settings = Settings.load()
-    from app.cli.train import train_and_publish
+    from app.cli.train import starting_prompt, train_and_publish
     from app.text import Template
     from app.train import Recipe
     from app.train.job import Job, Splits
 
     splits = Splits.read(data)
+    base, started_from, initial = None, "", None
+    if init_from is not None:
+        if init not in (None, "prompt"):
+            raise InvalidRequest("--init-from is a start of its own: no --init", param="init")
+        base = model.load(settings)
+        started_from, initial = starting_prompt(init_from, settings, base)
+        init, virtual_tokens = "prompt", virtual_tokens or initial.shape[-2]
+    if steps is None:
+        steps = 300 if budget is None else 100_000
+    options: dict[str, Any] = {"method": method, "init": init, "encoder": encoder}  # Recipe checks what they are
     job = Job(
         task=task,
         splits=splits,
-        template=Template(_unescape(template)),
+        template=Template(values.unescape(template)),
         recipe=Recipe(
-            num_virtual_tokens=virtual_tokens,
+            **options,
+            num_virtual_tokens=20 if virtual_tokens is None else virtual_tokens,
             init_text=init_text,
-            learning_rate=learning_rate,
+            residual=residual,
+            num_ranks=ranks,
+            num_frozen_tokens=frozen_tokens,
+            cpt_epsilon=cpt_epsilon,
+            learning_rate=values.learning_rate(learning_rate),
+            budget_seconds=None if budget is None else values.seconds(budget),
             batch_size=batch_size,
             max_steps=steps,
             warmup_steps=min(15, steps - 1),
@@ -140,17 +175,23 @@ def train(
             patience=patience,
             seed=seed,
         ),
-        labels=splits.labels() if classify else None,
+        labels=None,
         max_tokens=max_tokens,
-        stop=[_unescape(text) for text in stop or []],
+        stop=[values.unescape(text) for text in stop or []],
         instruction=instruction or init_text,
         description=description,
-        source=dict(_pair(text) for text in source or []),
+        source=dict(values.pair(text) for text in source or []),
         command=shlex.join(["softprompt", *sys.argv[1:]]),
+        started_from=started_from,
+        for_task=for_task,
     )
+    if classify:
+        job = replace(job, labels=splits.labels(job.tasks[job.task_id] if job.tasks else None))
     work = out_dir or settings.cache_dir / "training" / task
-    base = model.load(settings)
-    published = train_and_publish(job, settings, base, work, alias=alias or None, baselines=baselines, console=err)
+    base = base or model.load(settings)
+    published = train_and_publish(
+        job, settings, base, work, alias=alias or None, baselines=baselines, console=err, initial=initial
+    )
     if as_json:
         write_json(_published(published))
 
@@ -258,15 +299,3 @@ def _published(published: Any) -> dict[str, Any]:
         "warnings": list(published.warnings),
         "metrics": version.manifest.metrics,
     }
-
-
-def _unescape(text: str) -> str:
-    """A shell's "\\n" and "\\t" as line feed and tab."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise typer.BadParameter(f"{text!r} is not key=value", param_hint="--source")
-    return key, value

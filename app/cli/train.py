@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from torch import Tensor
 
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
@@ -40,8 +41,9 @@ def train_and_publish(
     alias: str | None,
     baselines: bool,
     console: Console,
+    initial: Tensor | None = None,
 ) -> Published:
-    """Train in `work`, score on the test rows, publish; tells how it goes on `console`."""
+    """Train in `work`, from `initial` if there is one, score on the test rows, publish; tells how on `console`."""
     check_task_name(job.task)
     if alias is not None:
         check_alias_name(alias)
@@ -52,7 +54,7 @@ def train_and_publish(
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / ".lock", timeout=0):
-            report = _train(job, base, work, console)
+            report = _train(job, base, work, console, initial)
     except Timeout:
         raise TrainingFailed(f"another process is training in {work}") from None
     for warning in report.warnings:
@@ -150,7 +152,13 @@ def _evaluator(
         )
 
 
-def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainReport:
+def starting_prompt(reference: str, settings: Settings, base: BaseModel) -> tuple[str, Tensor]:
+    """The version that a reference names now, and its prompt: see SoftPrompt."""
+    pin = Registry(Store(settings.registry), base.info).pin(reference)
+    return pin.version.reference, pin.prompt.tensor
+
+
+def _train(job: Job, base: BaseModel, work: Path, console: Console, initial: Tensor | None) -> TrainReport:
     with progress_bar(console=console) as bar:
         shown = bar.add_task("training", total=job.recipe.max_steps)
         validation = ""
@@ -159,7 +167,12 @@ def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainRepo
             nonlocal validation
             if step.validation_loss is not None:
                 validation = f"  validation {step.validation_loss:.4f} (best at step {step.best_step})"
-            bar.update(shown, completed=step.step, description=f"training  loss {step.train_loss:.4f}{validation}")
+            bar.update(
+                shown,
+                completed=step.step,
+                total=step.max_steps,
+                description=f"training  loss {step.train_loss:.4f}{validation}",
+            )
 
         return train(
             base.model,
@@ -171,6 +184,7 @@ def _train(job: Job, base: BaseModel, work: Path, console: Console) -> TrainRepo
             work,
             base_name=base.info.name,
             base_fingerprint=base.info.fingerprint,
+            initial=initial,
             on_progress=on_progress,
         )
 

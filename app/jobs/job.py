@@ -37,6 +37,7 @@ class Options:
     description: str = ""
     alias: str = "latest"  # empty: none
     gate: bool = True
+    for_task: str | None = None  # of the rows' tasks the one that is published; None: the first by name
 
 
 @dataclass(frozen=True, kw_only=True)

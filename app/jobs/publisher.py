@@ -45,6 +45,7 @@ class Trained:
     template: Template
     labels: list[str] | None
     rows: list[Row]  # to score on
+    task_id: int = 0  # of several in the file
 
     @property
     def tensors_digest(self) -> str:
@@ -165,12 +166,16 @@ class Publisher:
         checked = json.loads((work / CHECKED).read_bytes())
         path = work / ROWS
         rows = read_rows(path, max_bytes=path.stat().st_size)
+        task = checked.get("task")
+        task_id = 0 if task is None else job.report["tasks"].index(task)
+        if task is not None:
+            rows = [row for row in rows if row.task == task]
         most = MAX_GENERATED if checked["labels"] is None else MAX_CLASSIFIED
         if len(rows) > most:
             rows = random.Random(f"scored {job.seed}").sample(rows, most)
         config, tensors = ((work / OUT / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE))
-        prompt = read_checkpoint(config, tensors, ManifestInput(), self._base.info).prompt
-        return Trained(config, tensors, prompt, Template(checked["template"]), checked["labels"], rows)
+        prompt = read_checkpoint(config, tensors, ManifestInput(task_id=task_id), self._base.info).prompt
+        return Trained(config, tensors, prompt, Template(checked["template"]), checked["labels"], rows, task_id)
 
     def _manifest(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> ManifestInput:
         told = ("seed", "recipe", "steps", "best_step", "best_validation_loss", "stopped", "seconds", "train_rows")
@@ -190,6 +195,7 @@ class Publisher:
             base=BaseReference(name=self._base.info.name, fingerprint=self._base.info.fingerprint),
             template=trained.template.text,
             labels=trained.labels,
+            task_id=trained.task_id,
             defaults=Defaults(max_tokens=job.options.max_tokens, stop=job.options.stop or None),
             metrics=metrics,
             lineage=lineage,

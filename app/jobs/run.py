@@ -213,7 +213,7 @@ class Run:
         if not validated and now - self._saved_at < SAVE_EVERY:
             return
         self._saved_at = now
-        left = (step["max_steps"] - step["step"]) * step["seconds"] / step["step"]
+        left = (step["max_steps"] - step["step"]) * step["seconds"] / max(1, step["step"])
         await self._advance(partial(_stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
         if validated:
             metrics = {

@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from app.errors import InvalidRecipe
 from app.strict_json import parse_object
 from app.text import Template
-from app.train.data import MAX_FILE_BYTES, MAX_ROWS, Row
+from app.train.data import MAX_FILE_BYTES, MAX_ROWS, Row, task_names, task_of
 from app.train.formats import DEFAULT_TEMPLATES, BadRow, Format, format_of, texts_of
 
 MIN_ROWS = 10  # to train on
@@ -49,6 +50,7 @@ class Checked:
     labels: list[str] | None
     report: dict[str, Any]  # JSON
     warnings: list[str] = field(default_factory=list)
+    task: str | None = None  # of several the one that is published
 
 
 @dataclass
@@ -89,11 +91,14 @@ def check_data(
     template: str | None = None,
     classify: bool | None = None,
     seed: int = 0,
+    several_tasks: bool = False,
+    for_task: str | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> Checked:
     """Read both files and judge them; without a validation file a tenth of the rows is cut off.
 
-    `max_length` is what prompt and answer of a row may have in tokens. `alive` is called now and then. Raises BadData.
+    `max_length` is what prompt and answer of a row may have in tokens. With `several_tasks` only the labels of
+    `for_task` count, by default the first by name. `alive` is called now and then. Raises BadData and InvalidRecipe.
     """
     train = _read(training, "training_file", tokenizer, alive)
     train.judge()
@@ -113,7 +118,8 @@ def check_data(
         if file is not None and file.has_bom
     ]
     warnings += _duplicates(train.rows)
-    labels = _labels(train, classify)
+    task = _task(train, for_task) if several_tasks else None
+    labels = _labels(train, classify, task)
     if given is None:
         rows, held_out = split(train.rows, seed, stratify=labels is not None)
         if not held_out:
@@ -121,7 +127,8 @@ def check_data(
     else:
         rows, held_out = train.rows, _unseen(given, train.rows, warnings)
     if labels is not None:
-        _judge_labels(labels, rows, held_out, given, warnings)
+        ours, theirs = ([row for row in part if task in (None, row.task)] for part in (rows, held_out))
+        _judge_labels(labels, ours, theirs, given, warnings)
     report = {
         "format": kind,
         "template": text,
@@ -135,7 +142,7 @@ def check_data(
         "labels": None if labels is None else dict(Counter(row.target for row in rows).most_common()),
         "warnings": warnings,
     }
-    return Checked(rows, held_out, text, labels, report, warnings)
+    return Checked(rows, held_out, text, labels, report, warnings, task)
 
 
 def _read(path: Path, param: str, tokenizer: PreTrainedTokenizerBase, alive: Callable[[], None]) -> _File:
@@ -169,7 +176,7 @@ def _read(path: Path, param: str, tokenizer: PreTrainedTokenizerBase, alive: Cal
             file.note(number, error.code, error.message)
             continue
         file.formats[kind] += 1
-        file.rows.append(Row(source, target, str(number)))
+        file.rows.append(Row(source, target, str(number), task_of(row)))
     if not number_of_rows:
         raise file.refuse("it has no rows")
     return file
@@ -222,7 +229,7 @@ def _measure(
 def _duplicates(rows: Sequence[Row]) -> list[str]:
     answers = defaultdict(set)
     for row in rows:
-        answers[row.input].add(row.target)
+        answers[row.input, row.task].add(row.target)
     warnings = []
     if repeated := len(rows) - len(set(rows)):
         warnings.append(f"{repeated} training rows repeat another one")
@@ -231,14 +238,23 @@ def _duplicates(rows: Sequence[Row]) -> list[str]:
     return warnings
 
 
-def _labels(train: _File, classify: bool | None) -> list[str] | None:
+def _task(train: _File, wanted: str | None) -> str:
+    """Raises InvalidRecipe."""
+    names = task_names(train.rows)
+    if wanted is not None and wanted not in names:
+        raise InvalidRecipe("no row that is trained on has this task", param="for_task")
+    return names[0] if wanted is None else wanted
+
+
+def _labels(train: _File, classify: bool | None, task: str | None) -> list[str] | None:
     """The distinct targets if they are labels: few, short and each repeated. Raises BadData."""
     if classify is False:
         return None
-    found = sorted({row.target for row in train.rows})
+    rows = [row for row in train.rows if task in (None, row.task)]
+    found = sorted({row.target for row in rows})
     fits = 2 <= len(found) <= MAX_LABELS and max(map(len, found)) <= MAX_LABEL
     if classify is None:
-        return found if fits and len(train.rows) >= ROWS_A_LABEL * len(found) else None
+        return found if fits and len(rows) >= ROWS_A_LABEL * len(found) else None
     if not fits:
         raise train.refuse(
             f"{len(found)} distinct targets cannot be labels; there must be 2 to {MAX_LABELS} of at most "

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 _FILE = "state.safetensors"
-_TENSORS = ("prompt", "best_prompt", "exp_avg", "exp_avg_sq")
+_TENSORS = ("method", "exp_avg", "exp_avg_sq", "best")  # groups of tensors, "<group>:<name>" in the file
 
 
 @dataclass
 class Progressed:
-    """The state between two steps; tensors are [virtual tokens, hidden] float32 on the CPU."""
+    """The state between two steps; tensors are float32 on the CPU, by name."""
 
-    prompt: Tensor
-    best_prompt: Tensor
-    exp_avg: Tensor  # AdamW's two moments
-    exp_avg_sq: Tensor
+    method: dict[str, Tensor]  # its state_dict
+    best: dict[str, Tensor]  # the tensors of the PEFT file with the least validation loss
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)  # AdamW's two moments, by parameter
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    planned_steps: int | None = None  # what the budget has room for, once that is known
     best_step: int = 0
     best_loss: float = float("inf")
     stale: int = 0  # evaluations since the best
@@ -34,38 +34,22 @@ class Progressed:
     losses: list[float] = field(default_factory=list)  # training losses since the last evaluation
     curve: list[dict[str, float]] = field(default_factory=list)
 
-    @classmethod
-    def start(cls, prompt: Tensor) -> Progressed:
-        """Nothing done yet; the best prompt so far is the initial one."""
-        first = _copy(prompt)
-        return cls(first, first, torch.zeros_like(first), torch.zeros_like(first))
-
-    def note(self, validation_loss: float, prompt: Tensor) -> None:
-        """Record an evaluation and keep the prompt if it is the best yet."""
+    def note(self, validation_loss: float, tensors: dict[str, Tensor]) -> None:
+        """Record an evaluation and keep the prompt, as its file has it, if it is the best yet."""
         mean = sum(self.losses) / len(self.losses)
         self.curve.append({"step": self.step, "train_loss": mean, "validation_loss": validation_loss})
         self.losses = []
         self.stale += 1
         if validation_loss < self.best_loss:
             self.best_loss, self.best_step, self.stale = validation_loss, self.step, 0
-            self.best_prompt = _copy(prompt)
-
-    def keep(self, prompt: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Take the tensors over from the optimizer, before a checkpoint."""
-        self.prompt, self.exp_avg, self.exp_avg_sq = map(_copy, (prompt, exp_avg, exp_avg_sq))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+            self.best = tensors
 
 
 def save_checkpoint(folder: Path, identity: str, state: Progressed) -> None:
     """Replace the checkpoint in one rename; a kill at any moment leaves the old or the new one."""
     numbers = {k: v for k, v in vars(state).items() if k not in _TENSORS}
-    data = save(
-        {name: getattr(state, name).contiguous() for name in _TENSORS},
-        metadata={"identity": identity, "state": json.dumps(numbers)},
-    )
+    tensors = {f"{group}:{name}": tensor for group in _TENSORS for name, tensor in getattr(state, group).items()}
+    data = save(tensors, metadata={"identity": identity, "state": json.dumps(numbers)})
     temporary = folder / (_FILE + ".new")
     temporary.write_bytes(data)
     sync(temporary)
@@ -81,7 +65,12 @@ def load_checkpoint(folder: Path, identity: str) -> Progressed | None:
             metadata = file.metadata() or {}
         if metadata.get("identity") != identity:
             return None
-        members: dict[str, Any] = {**load(path.read_bytes()), **json.loads(metadata["state"])}
+        members: dict[str, Any] = {group: {} for group in _TENSORS} | json.loads(metadata["state"])
+        for key, tensor in load(path.read_bytes()).items():
+            group, _, name = key.partition(":")
+            members[group][name] = tensor
+        if members.keys() != {each.name for each in fields(Progressed)}:
+            return None
         return Progressed(**members)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         return None

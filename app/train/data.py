@@ -28,6 +28,7 @@ class Row:
     input: str
     target: str
     source: str = field(default="", compare=False)
+    task: str = ""  # which of several, for multitask prompt tuning
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Example:
 
     ids: tuple[int, ...]
     start: int
+    task: int = 0
 
 
 def read_rows(path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS) -> list[Row]:
-    """Read JSON lines `{"input": str, "target": str}`; other members are ignored, blank lines too.
+    """Read JSON lines `{"input": str, "target": str}`, perhaps with a "task".
+
+    Other members are ignored, blank lines too.
 
     Raises InvalidTrainingData naming file:line, never quoting the data.
     """
@@ -78,7 +82,13 @@ def _parse_row(line: bytes, source: str) -> Row:
     texts = [_text(value, name, source) for name in ("input", "target")]
     if not texts[1].strip():
         raise InvalidTrainingData(f"{source}: 'target' is empty")
-    return Row(texts[0], texts[1], source)
+    return Row(texts[0], texts[1], source, task_of(value))
+
+
+def task_of(row: dict[str, Any]) -> str:
+    """The row's "task"; a member of that name that is no text is somebody's own."""
+    task = row.get("task")
+    return task if isinstance(task, str) else ""
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +118,8 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     sha = hashlib.sha256()
     for rows in (train, validation):
         for row in rows:
-            sha.update(json.dumps([row.input, row.target]).encode() + b"\n")
+            parts = [row.input, row.target] + ([row.task] if row.task else [])
+            sha.update(json.dumps(parts).encode() + b"\n")
         sha.update(b"\n")
     return sha.hexdigest()
 
@@ -132,10 +143,22 @@ def count_shared(train: Sequence[Row], validation: Sequence[Row]) -> int:
     return sum(row.input in seen for row in validation)
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, limit: int) -> list[Example]:
+def task_names(rows: Sequence[Row]) -> list[str]:
+    """The distinct tasks of rows, sorted: the order of their numbers."""
+    return sorted({row.task for row in rows})
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    limit: int,
+    tasks: Sequence[str] | None = None,
+) -> list[Example]:
     """Token ids of every row: the prompt, the answer, then end-of-text.
 
-    `limit` is the most tokens (virtual tokens not counted) a row may have; longer rows are refused
+    `tasks` are those of the rows that are trained on, in the order of their numbers; None: tasks do not
+    matter. `limit` is the most tokens (virtual tokens not counted) a row may have; longer rows are refused
     rather than cut, because a cut answer teaches the model to stop early.
     Raises InvalidTrainingData naming the row.
     """
@@ -156,7 +179,9 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Te
         ids = (*prompt, *answer, end)
         if len(ids) > limit:
             raise InvalidTrainingData(f"{source}: {len(ids)} tokens, at most {limit}")
-        examples.append(Example(ids, len(prompt)))
+        if tasks is not None and row.task not in tasks:
+            raise InvalidTrainingData(f"{source}: no row that is trained on has its task")
+        examples.append(Example(ids, len(prompt), 0 if tasks is None else tasks.index(row.task)))
     return examples
 
 

@@ -1,7 +1,11 @@
-"""The training loss: negative log-likelihood of the answers behind one soft prompt.
+"""The training loss: negative log-likelihood of the answers behind a soft prompt.
 
-The soft prompt stands first and attention is causal, so its keys and values are the same for every
-row: they are computed once a step and shared, and only answer positions meet the vocabulary matrix.
+The soft prompt stands first and attention is causal, so its keys and values are the same for every row: embeddings are
+run through the model once a step and shared, keys and values are trained as they are. Only answer positions meet the
+vocabulary matrix.
+
+A prompt is a tensor, its kind told by its rank: embeddings [n, hidden]; one prompt a task, [tasks, n, hidden], each row
+behind that of its own; keys and values [layers, 2, KV heads, n, head_dim]. n is the number of virtual tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from app.train.initial import embedding_weight
 
 # nats; a wrong mask, scale or logit cap is off by far more, rounding by less
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+_TASKS, _KV = 3, 5  # ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Batch:
     row: Tensor  # [answer tokens] int64
     column: Tensor  # [answer tokens] int64, the position before the answer token
     answer: Tensor  # [answer tokens] int64
+    task: Tensor  # [rows] int64
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: torch.device) -> Batch:
@@ -45,14 +51,15 @@ class Batch:
             row=torch.tensor([i for i, _ in places], device=device),
             column=torch.tensor([j - 1 for _, j in places], device=device),
             answer=torch.tensor([examples[i].ids[j] for i, j in places], device=device),
+            task=torch.tensor([e.task for e in examples], device=device),
         )
 
 
 def answer_nll(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, shared: bool) -> Tensor:
     """Negative log-likelihood in nats of each answer token -> [answer tokens] float32.
 
-    `prompt` is [virtual tokens, hidden]. `shared` runs it once for all rows; without it the model's
-    whole forward runs on every row, which is slower and right for any causal model.
+    `prompt` is as above. `shared` runs it once for all rows; without it the model's whole forward runs on every row,
+    which is slower and right for any causal model.
     """
     prompt = prompt.to(embedding_weight(model).dtype)
     logits = (_shared_logits if shared else _full_logits)(model, prompt, batch)
@@ -61,31 +68,55 @@ def answer_nll(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, shared: 
 
 def _shared_logits(model: PreTrainedModel, prompt: Tensor, batch: Batch) -> Tensor:
     base: Any = model
-    decoder = base.get_decoder()
-    rows, length = batch.ids.shape
-    cache = DynamicCache(config=model.config)
-    decoder(inputs_embeds=prompt.unsqueeze(0), past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
-    positions = torch.arange(len(prompt), len(prompt) + length, device=batch.ids.device)
-    hidden = decoder(
-        input_ids=batch.ids,
-        attention_mask=_with_prompt(batch.mask, len(prompt)),
-        position_ids=positions.expand(rows, -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state  # [rows, length, hidden]
-    logits: Tensor = base.get_output_embeddings()(hidden[batch.row, batch.column])
+    hidden = base.get_decoder()(**_behind(_cache(model, prompt, batch), prompt, batch)).last_hidden_state
+    logits: Tensor = base.get_output_embeddings()(hidden[batch.row, batch.column])  # hidden: [rows, length, hidden]
     return logits
 
 
 def _full_logits(model: PreTrainedModel, prompt: Tensor, batch: Batch) -> Tensor:
+    n = prompt.shape[-2]
+    if prompt.dim() == _KV:
+        whole: Tensor = model(**_behind(_cache(model, prompt, batch), prompt, batch)).logits
+        return whole[batch.row, batch.column]
     text = model.get_input_embeddings()(batch.ids)
+    prompts = prompt[batch.task] if prompt.dim() == _TASKS else prompt.expand(len(text), -1, -1)
     logits: Tensor = model(
-        inputs_embeds=torch.cat([prompt.expand(len(text), -1, -1), text], dim=1),
-        attention_mask=_with_prompt(batch.mask, len(prompt)),
+        inputs_embeds=torch.cat([prompts, text], dim=1),
+        attention_mask=_with_prompt(batch.mask, n),
         use_cache=False,
     ).logits
-    return logits[batch.row, batch.column + len(prompt)]
+    return logits[batch.row, batch.column + n]
+
+
+def _cache(model: PreTrainedModel, prompt: Tensor, batch: Batch) -> DynamicCache:
+    """The prompt's keys and values, for every row of the batch."""
+    base: Any = model
+    rows = len(batch.ids)
+    cache = DynamicCache(config=model.config)
+    if prompt.dim() == _KV:
+        for layer, (keys, values) in enumerate(prompt):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache
+    prompts = prompt if prompt.dim() == _TASKS else prompt.unsqueeze(0)
+    base.get_decoder()(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
+    if prompt.dim() == _TASKS:
+        cache.batch_select_indices(batch.task)
+    else:
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _behind(cache: DynamicCache, prompt: Tensor, batch: Batch) -> dict[str, Any]:
+    """Arguments of a forward over the text: its positions go on after the prompt's."""
+    rows, length = batch.ids.shape
+    n = prompt.shape[-2]
+    return {
+        "input_ids": batch.ids,
+        "attention_mask": _with_prompt(batch.mask, n),
+        "position_ids": torch.arange(n, n + length, device=batch.ids.device).expand(rows, -1),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
 
 
 def _with_prompt(mask: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from app.manifest import BaseReference, Calibration, Defaults, ManifestInput
 from app.soft_prompt import SoftPrompt
 from app.text import Template
 from app.train.calibration import Judged, fit
-from app.train.data import Row, encode, hold_out, read_rows
+from app.train.data import Row, encode, hold_out, read_rows, task_names
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, ZERO_SHOT_TRIAL_ROWS, Evaluator
 from app.train.recipe import Recipe
 from app.train.report import TrainReport
@@ -43,9 +43,9 @@ class Splits:
         files = [path / f"{name}.jsonl" for name in ("train", "validation", "test")]
         return cls(*[read_rows(file) if file.is_file() else [] for file in files])
 
-    def labels(self) -> list[str]:
-        """The distinct training targets, for a classification task. Raises InvalidTrainingData."""
-        found = sorted({row.target for row in self.train})
+    def labels(self, task: str | None = None) -> list[str]:
+        """The distinct training targets, for a classification task, or those of a task. Raises InvalidTrainingData."""
+        found = sorted({row.target for row in self.train if task in (None, row.task)})
         if not 2 <= len(found) <= MAX_LABELS_FOUND:
             raise InvalidTrainingData(
                 f"{len(found)} distinct targets cannot be labels; between 2 and {MAX_LABELS_FOUND} can"
@@ -67,7 +67,26 @@ class Job:
     instruction: str = ""  # what the zero-shot baseline is told; without one there is no such baseline
     description: str = ""
     source: dict[str, str] = field(default_factory=dict)  # origin, licence, ... of the data
+    started_from: str = ""  # the version whose prompt this one begins with
+    for_task: str | None = None  # of the rows' tasks the one that is published; None: the first by name
     command: str = ""
+
+    @property
+    def tasks(self) -> list[str]:
+        """Of multitask prompt tuning, in the order of the checkpoint; else none."""
+        return task_names(self.splits.train) if self.recipe.method == "multitask_prompt_tuning" else []
+
+    @property
+    def task_id(self) -> int:
+        """Of the checkpoint's tasks the one that is published. Raises InvalidRequest."""
+        if self.for_task is None:
+            return 0
+        if self.for_task not in self.tasks:
+            raise InvalidRequest(f"no row that is trained on has the task {self.for_task!r}", param="for_task")
+        return self.tasks.index(self.for_task)
+
+    def _of_task(self, rows: list[Row]) -> list[Row]:
+        return [row for row in rows if row.task == self.tasks[self.task_id]] if self.tasks else rows
 
     @property
     def answer_tokens(self) -> int:
@@ -103,6 +122,9 @@ class Job:
         lineage = {
             "data": {**self.source, "digest": report.data_digest},
             "command": self.command,
+            **({"started_from": self.started_from} if self.started_from else {}),
+            **({"tasks": report.tasks} if report.tasks else {}),
+            **({"trials": report.trials} if report.trials else {}),
             **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
             **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
         }
@@ -119,6 +141,7 @@ class Job:
             base=BaseReference(name=base.info.name, fingerprint=base.info.fingerprint),
             template=self.template.text,
             labels=self.labels,
+            task_id=self.task_id,
             calibration=calibration,
             defaults=Defaults(max_tokens=self.max_tokens, stop=self.stop or None),
             metrics=metrics,
@@ -137,7 +160,7 @@ class Job:
         return calibrated + self._num_tested_rows(base, baselines=baselines)
 
     def _num_tested_rows(self, base: BaseModel, *, baselines: bool) -> int:
-        rows = len(self.splits.test)
+        rows = len(self._of_task(self.splits.test))
         if not (baselines and self.instruction):
             return rows
         forms = 2 if base.tokenizer.chat_template else 1
@@ -145,11 +168,11 @@ class Job:
 
     def _validation(self) -> list[Row]:
         """As the training has them."""
-        return self.splits.validation or hold_out(self.splits.train, self.recipe.seed)[1]
+        return self._of_task(self.splits.validation or hold_out(self.splits.train, self.recipe.seed)[1])
 
     async def load(self, base: BaseModel, engine: Engine, out_dir: Path) -> SoftPrompt:
         """What training left in `out_dir`, tried on the model."""
-        prompt = self.read(out_dir, base, ManifestInput()).prompt
+        prompt = self.read(out_dir, base, ManifestInput(task_id=self.task_id)).prompt
         await engine.load(prompt)
         return prompt
 
@@ -175,7 +198,7 @@ class Job:
 
         Without test rows there are none.
         """
-        rows = self.splits.test
+        rows = self._of_task(self.splits.test)
         if not rows:
             return {}
         evaluator = self.evaluator(base, engine, on_row)
@@ -183,7 +206,7 @@ class Job:
             "split": "test",
             "rows": len(rows),
             "soft_prompt": await evaluator.score(prompt, self.template, rows, calibration),
-            "floor": evaluator.floors(self.splits.train, rows),
+            "floor": evaluator.floors(self._of_task(self.splits.train), rows),
         }
         if baselines and self.instruction:
             metrics["zero_shot"] = await evaluator.zero_shot(self.instruction, self.template, rows, self.recipe.seed)

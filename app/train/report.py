@@ -15,11 +15,11 @@ class Progress:
     """What `on_progress` is given after every step. Losses are nats per answer token."""
 
     step: int  # finished steps
-    max_steps: int
+    max_steps: int  # a budget may lower it
     train_loss: float  # of this step's batch
     validation_loss: float | None  # measured after this step, or None
     best_step: int  # 0 before the first evaluation
-    learning_rate: float  # absolute, as AdamW used it
+    learning_rate: float  # of this step, as the recipe's: times the scale of what is trained
     trained_tokens: int  # text tokens run through the model so far
     seconds: float  # spent training, over all resumed parts
 
@@ -32,7 +32,7 @@ class TrainReport:
     best_step: int
     best_validation_loss: float  # nats per answer token
     curve: list[dict[str, float]]  # step, train_loss (mean since the last point), validation_loss
-    stopped: str  # "max_steps" or "no improvement"
+    stopped: str  # "max_steps", "no improvement" or "budget"
     seconds: float
     trained_tokens: int
     train_rows: int
@@ -43,6 +43,8 @@ class TrainReport:
     base_name: str
     recipe: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)  # of multitask prompt tuning: `task_id` of a manifest counts them
+    trials: list[dict[str, float]] = field(default_factory=list)  # learning rates that were tried, and their losses
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""

@@ -1,39 +1,32 @@
-"""The training loop: a frozen base, one trainable soft prompt, resumable to the same result.
-
-PEFT builds and saves the prompt, so the files stay readable by PEFT; the loop is ours.
-"""
+"""Train one soft prompt on a frozen base, resumable to the same result, and leave it as PEFT files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import random
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.errors import InvalidRecipe, InvalidTrainingData, TrainingFailed
+from app.errors import InvalidRecipe, InvalidTrainingData
 from app.text import Template
-from app.train.checkpoint import Progressed, load_checkpoint, save_checkpoint, sync
-from app.train.data import Example, Row, batches, count_shared, digest, encode, hold_out
-from app.train.forward import Batch, answer_nll, can_share
-from app.train.initial import embedding_rms, embedding_weight, initial_prompt
+from app.train.checkpoint import load_checkpoint
+from app.train.data import Row, count_shared, digest, encode, hold_out, task_names
+from app.train.forward import can_share
+from app.train.initial import embedding_rms, embedding_weight
+from app.train.loop import Loop
+from app.train.methods import PEFT_FILES, Setup, build
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, Progress, TrainReport
-
-# AdamW's usual 0.999 remembers a thousand steps; a whole run here is a few hundred
-_BETAS = (0.9, 0.99)
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+from app.train.sweep import sweep
 
 
 def train(
@@ -53,54 +46,86 @@ def train(
 ) -> TrainReport:
     """Train one soft prompt and leave adapter_config.json and adapter_model.safetensors in out_dir.
 
-    Prompt tuning (Lester et al. 2021, arXiv:2104.08691), with the loss on the answer tokens only.
+    By the recipe's method (app.train.methods), with the loss on the answer tokens only.
     `model` stays as it is except that its parameters no longer require gradients. Without
-    validation rows a tenth of the training rows is held out. `initial` [virtual tokens, hidden] is where
-    the prompt begins (transfer from another task; Vu et al. 2022, arXiv:2110.07904), by default what the
+    validation rows a tenth of the training rows is held out. `initial` is where the prompt begins,
+    [virtual tokens, hidden] or for methods of keys and values [layers, 2, KV heads, virtual tokens, head_dim] too
+    (transfer from another task; Vu et al. 2022, arXiv:2110.07904), by default what the
     recipe says. The prompt kept is the one with the least validation loss. A run that was killed goes
     on from `out_dir/checkpoint` to the result it would have had, and one that had finished is not done
     twice; with `resume=False`, or when anything that shapes the result has changed, it begins again.
     Whatever `on_progress` raises ends the run and is passed on, which is how a job is stopped; that
-    step is in the checkpoint, which stays.
+    step is in the checkpoint, which stays. While learning rates are tried it is given step 0.
 
     Raises InvalidTrainingData and InvalidRecipe before any work, TrainingFailed when the loss is
     not finite; nothing is published then.
     """
+    tasks = task_names(rows_train) if recipe.method == "multitask_prompt_tuning" else None
     if not rows_validation:
         rows_train, rows_validation = hold_out(rows_train, recipe.seed)
     if not rows_train:
         raise InvalidTrainingData("no training rows")
+    if initial is not None and recipe.init not in (None, "prompt"):
+        raise InvalidRecipe(f"init is {recipe.init}, and there is a prompt to start from", param="init")
     limit = _text_limit(model, recipe)
-    examples = encode(rows_train, tokenizer, template, limit)
-    held_out = encode(rows_validation, tokenizer, template, limit)
+    examples = encode(rows_train, tokenizer, template, limit, tasks)
+    held_out = encode(rows_validation, tokenizer, template, limit, tasks)
     sample = random.Random(f"validation {recipe.seed}")
     held_out = sample.sample(held_out, min(recipe.eval_rows, len(held_out)))
     notes = []
     if shared_rows := count_shared(rows_train, rows_validation):
         notes.append(f"{shared_rows} validation rows have an input that is also trained on")
 
-    run = _Run(model, tokenizer, recipe, base_name, initial)
     data_digest = digest(rows_train, rows_validation)
     identity = _identity(model, recipe, [base_name, base_fingerprint], template, data_digest, initial)
     work = out_dir / "checkpoint"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    elif all((out_dir / name).is_file() for name in _PEFT_FILES) and (finished := TrainReport.load(out_dir, identity)):
+    elif all((out_dir / name).is_file() for name in PEFT_FILES) and (finished := TrainReport.load(out_dir, identity)):
         return finished
     (out_dir / REPORT_FILE).unlink(missing_ok=True)  # it speaks of files that are about to change
     work.mkdir(parents=True, exist_ok=True)
-    state = load_checkpoint(work, identity) or Progressed.start(run.prompt)
 
     was_training = model.training
     model.train(False)  # no dropout: the prompt must fit the model that will serve it
+    model.requires_grad_(False)
     try:
+        setup = Setup(
+            model=model,
+            tokenizer=tokenizer,
+            recipe=recipe,
+            template=template,
+            rows=rows_train,
+            tasks=tasks or ("",),
+            initial=initial,
+        )
+        method = build(setup)
+        chosen = recipe
+        trials: list[dict[str, float]] = []
+        if recipe.learning_rate == "auto":
+            trial = partial(
+                train,
+                model,
+                tokenizer,
+                rows_train,
+                rows_validation,
+                template,
+                base_name=base_name,
+                base_fingerprint=base_fingerprint,
+                initial=initial,
+                on_progress=_without_steps(recipe, on_progress),
+            )
+            chosen, trials = sweep(recipe, work / "rates", trial)
         # before `restore`: a resumed run must choose the forward that the first part chose
-        run.shared = can_share(model, run.prompt, examples)
-        run.restore(state)
-        stopped = run.loop(state, examples, held_out, work, identity, on_progress)
+        with torch.no_grad():
+            shared = can_share(model, method.prompt(), examples)
+        loop = Loop(model, method, chosen, shared=shared)
+        state = load_checkpoint(work, identity) or loop.begin()
+        loop.restore(state)
+        stopped = loop.run(state, examples, held_out, work, identity, on_progress)
     finally:
         model.train(was_training)
-    run.publish(state.best_prompt, out_dir, work)
+    loop.publish(state, out_dir, work, base_name)
     report = TrainReport(
         steps=state.step,
         best_step=state.best_step,
@@ -115,163 +140,24 @@ def train(
         seed=recipe.seed,
         template=template.text,
         base_name=base_name,
-        recipe=recipe.as_dict(),
+        recipe=replace(recipe, learning_rate=chosen.learning_rate).as_dict(),
         warnings=notes,
+        tasks=tasks or [],
+        trials=trials,
     )
     report.save(out_dir, identity)
     shutil.rmtree(work)
     return report
 
 
-class _Run:
-    """The model, its prompt and its optimizer during one `train` call."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        base_name: str,
-        initial: Tensor | None,
-    ) -> None:
-        self.model, self.recipe = model, recipe
-        self.device = embedding_weight(model).device
-        self.shared = False
-        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=recipe.num_virtual_tokens)
-        # PEFT draws an initialisation we do not use, and calls what transformers 5 deprecates
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            self.peft_model: PeftModel = get_peft_model(model, config)
-        # PEFT put the model's folder here; a published file must not tell where it was made
-        self.peft_model.peft_config["default"].base_model_name_or_path = base_name
-        encoder: Any = self.peft_model.prompt_encoder
-        self.prompt: Tensor = encoder["default"].embedding.weight  # [virtual tokens, hidden]
-        trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
-        if len(trainable) != 1 or trainable[0] is not self.prompt:
-            raise TrainingFailed("the base model is not frozen")
-        self.scale = embedding_rms(model)
-        with torch.no_grad():
-            self.prompt.copy_(initial_prompt(model, tokenizer, recipe) if initial is None else initial)
-        self.optimizer = torch.optim.AdamW([self.prompt], lr=1.0, betas=_BETAS, weight_decay=recipe.weight_decay)
-
-    def restore(self, state: Progressed) -> None:
-        with torch.no_grad():
-            self.prompt.copy_(state.prompt)
-        if state.step:
-            self.optimizer.state[self.prompt] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": state.exp_avg.to(self.device),
-                "exp_avg_sq": state.exp_avg_sq.to(self.device),
-            }
-
-    def loop(
-        self,
-        state: Progressed,
-        examples: list[Example],
-        held_out: list[Example],
-        work: Path,
-        identity: str,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> str:
-        """Step until `max_steps` or no improvement, moving `state` along; returns which it was."""
-        recipe = self.recipe
-        source = _batches_from(examples, recipe, state.step)
-        mark = time.monotonic()
-        while state.step < recipe.max_steps and state.stale < recipe.patience:
-            rate = learning_rate(recipe, state.step) * self.scale
-            batch_examples = next(source)
-            loss = self._step(batch_examples, rate, state.step + 1)
-            state.step += 1
-            state.trained_tokens += sum(len(example.ids) for example in batch_examples)
-            state.losses.append(loss)
-            validation = None
-            if state.step % recipe.eval_every == 0 or state.step == recipe.max_steps:
-                validation = self._validate(held_out)
-                state.note(validation, self.prompt)
-            now = time.monotonic()
-            state.seconds, mark = state.seconds + now - mark, now
-            is_saved = state.step % recipe.checkpoint_every == 0 or validation is not None
-            if is_saved:
-                self._save(state, work, identity)
-            if on_progress is not None:
-                progress = Progress(
-                    step=state.step,
-                    max_steps=recipe.max_steps,
-                    train_loss=loss,
-                    validation_loss=validation,
-                    best_step=state.best_step,
-                    learning_rate=rate,
-                    trained_tokens=state.trained_tokens,
-                    seconds=state.seconds,
-                )
-                try:
-                    on_progress(progress)
-                except BaseException:
-                    if not is_saved:
-                        self._save(state, work, identity)
-                    raise
-        return "max_steps" if state.step == recipe.max_steps else "no improvement"
-
-    def _save(self, state: Progressed, work: Path, identity: str) -> None:
-        adam = self.optimizer.state[self.prompt]
-        state.keep(self.prompt, adam["exp_avg"], adam["exp_avg_sq"])
-        save_checkpoint(work, identity, state)
-
-    def _step(self, examples: list[Example], rate: float, number: int) -> float:
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad()
-        batch = Batch.of(examples, self.device)
-        loss = answer_nll(self.model, self.prompt, batch, shared=self.shared).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_([self.prompt], self.recipe.max_grad_norm / self.scale)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise TrainingFailed(
-                f"the loss is not finite at step {number} (loss {loss.item()}, gradient norm "
-                f"{norm.item()}); a learning_rate below {self.recipe.learning_rate} may help"
-            )
-        self.optimizer.step()
-        return loss.item()
-
-    @torch.no_grad()
-    def _validate(self, examples: list[Example]) -> float:
-        total, count = 0.0, 0
-        ordered = sorted(examples, key=lambda example: len(example.ids))
-        for first in range(0, len(ordered), self.recipe.batch_size):
-            batch = Batch.of(ordered[first : first + self.recipe.batch_size], self.device)
-            losses = answer_nll(self.model, self.prompt, batch, shared=self.shared)
-            total, count = total + losses.double().sum().item(), count + len(losses)
-        mean = total / count
-        if not math.isfinite(mean):
-            raise TrainingFailed(f"the validation loss is {mean}")
-        return mean
-
-    def publish(self, prompt: Tensor, out_dir: Path, work: Path) -> None:
-        """PEFT writes to a work folder; the configuration moves last, so it marks a whole pair."""
-        with torch.no_grad():
-            self.prompt.copy_(prompt)
-        made = work / "peft"
-        # save_embedding_layers=False: "auto" asks a hub about the base's vocabulary
-        self.peft_model.save_pretrained(str(made), save_embedding_layers=False)
-        for name in _PEFT_FILES:
-            sync(made / name)
-            os.replace(made / name, out_dir / name)
-        sync(out_dir)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rate of the step after `step` finished ones: linear warm-up, then a cosine down to zero."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / (recipe.max_steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def _batches_from(examples: list[Example], recipe: Recipe, step: int) -> Iterator[list[Example]]:
-    lengths = [len(example.ids) for example in examples]
-    epoch, skip = divmod(step, math.ceil(len(examples) / recipe.batch_size))
-    while True:
-        for indices in batches(lengths, recipe.batch_size, recipe.seed, epoch)[skip:]:
-            yield [examples[i] for i in indices]
-        epoch, skip = epoch + 1, 0
+def _without_steps(recipe: Recipe, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
+    """For trials: whoever follows a run learns that it lives, and may stop it, but sees no step of it yet."""
+    if on_progress is None:
+        return None
+    tell = on_progress
+    return lambda progress: tell(
+        replace(progress, step=0, max_steps=recipe.max_steps, validation_loss=None, best_step=0)
+    )
 
 
 def _text_limit(model: PreTrainedModel, recipe: Recipe) -> int:

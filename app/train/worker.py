@@ -115,6 +115,8 @@ def check(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
         template=options["template"],
         classify=options["classify"],
         seed=order["seed"],
+        several_tasks=recipe.method == "multitask_prompt_tuning",
+        for_task=options.get("for_task"),
         alive=alive,
     )
     steps = recipe.max_steps
@@ -128,7 +130,7 @@ def check(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
     work.mkdir(exist_ok=True)
     _write(work / ROWS_TRAIN, _json_lines(checked.train))
     _write(work / ROWS_VALIDATION, _json_lines(checked.validation))
-    found = {"recipe": recipe.as_dict(), "template": checked.template, "labels": checked.labels}
+    found = {"recipe": recipe.as_dict(), "template": checked.template, "labels": checked.labels, "task": checked.task}
     _write(work / CHECKED, json.dumps(found).encode())  # last: it says that the others are whole
     tell("checked", report=checked.report, max_steps=steps)
 
@@ -184,7 +186,10 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _json_lines(rows: Sequence[Row]) -> bytes:
-    return b"".join(json.dumps({"input": row.input, "target": row.target}).encode() + b"\n" for row in rows)
+    def member(row: Row) -> dict[str, str]:
+        return {"input": row.input, "target": row.target} | ({"task": row.task} if row.task else {})
+
+    return b"".join(json.dumps(member(row)).encode() + b"\n" for row in rows)
 
 
 def _write(path: Path, data: bytes) -> None:

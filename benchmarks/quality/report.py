@@ -57,7 +57,10 @@ class Scored:
         number = len(self.rows)
         count = RESAMPLES if self.task.score != "bleu" else RESAMPLES // 10
         if self.task.score != "bleu":
-            right = [(a.strip() == t.strip()) - (b.strip() == t.strip()) for a, b, t in zip(ours, theirs, self.targets, strict=True)]
+            right = [
+                (a.strip() == t.strip()) - (b.strip() == t.strip())
+                for a, b, t in zip(ours, theirs, self.targets, strict=True)
+            ]
             found = sorted(100 * sum(drawn.choices(right, k=number)) / number for _ in range(count))
         else:
             found = []
@@ -121,7 +124,9 @@ def main() -> None:
     extra = ["best of ours", "% of full", "95 % of the difference"]
     print(table(["task", "score", "floor", *columns, *extra], rows))
     if ratios:
-        print(f"\nBest of ours / full fine-tuning, mean over {len(ratios)} tasks: {100 * sum(ratios) / len(ratios):.1f} %")
+        print(
+            f"\nBest of ours / full fine-tuning, mean over {len(ratios)} tasks: {100 * sum(ratios) / len(ratios):.1f} %"
+        )
     print("\nMacro-F1 of labels, ROUGE-L of texts:\n")
     print(table(["task", "floor", *columns], second))
     middle: Callable[[Sequence[float]], float] = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
@@ -129,11 +134,7 @@ def main() -> None:
     print(
         table(
             ["method", "bytes a task", "seconds of training", "steps"],
-            [
-                [m, *(f"{middle([cost[i] for cost in costs[m]]):,.0f}" for i in range(3))]
-                for m in columns
-                if m in costs
-            ],
+            [[m, *(f"{middle([cost[i] for cost in costs[m]]):,.0f}" for i in range(3))] for m in columns if m in costs],
         )
     )
 

@@ -34,9 +34,13 @@ MAX_LENGTH = 1024
 NUM_SHOTS = 8
 FULL_RATES = (1e-4, 3e-5)
 LORA_RATES = (1e-3,)
-SOFT: dict[str, dict[str, Any]] = {
-    "soft20": {"num_virtual_tokens": 20},
-    "soft100": {"num_virtual_tokens": 100},
+SOFT: dict[str, dict[str, Any]] = {  # of the recipe
+    "soft20": {"num_virtual_tokens": 20, "learning_rate": 0.3},
+    "soft100": {"num_virtual_tokens": 100, "learning_rate": 0.3},
+    "residual20": {"num_virtual_tokens": 20, "residual": True},
+    "prefix20": {"method": "prefix_tuning", "num_virtual_tokens": 20},
+    # Keys and values that begin as those of solved examples.
+    "cartridge64": {"method": "cartridge", "num_virtual_tokens": 64},
 }
 
 
@@ -53,7 +57,9 @@ class Cell:
         return f"{self.task}.{self.method}{told}.s{self.seed}"
 
 
-def cells(methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], rates: dict[str, Sequence[float]]) -> list[Cell]:
+def cells(
+    methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], rates: dict[str, Sequence[float]]
+) -> list[Cell]:
     """In the order in which they are worth doing: a method for every task, then the next."""
     found = []
     for seed in seeds:
@@ -137,10 +143,15 @@ def _soft(
 ) -> dict[str, Any]:
     """Trained by the product; the engine answers with it afterwards (`benchmarks.quality.answer`)."""
     out = study.out / "prompts" / cell.name
+    own = dict(SOFT[cell.method])
+    if "rate" in cell.options:
+        own["learning_rate"] = cell.options["rate"]
+    text = task.instruction
+    if cell.method.startswith("cartridge"):
+        text = (task.few_shot(few(training, NUM_SHOTS, cell.seed)).text or "").split("{input}")[0]
     recipe = Recipe(
-        **SOFT[cell.method],
-        **({"learning_rate": cell.options["rate"]} if "rate" in cell.options else {}),
-        init_text=task.instruction,
+        **own,
+        init_text=text,
         batch_size=study.batch_size,
         max_steps=study.steps,
         warmup_steps=min(15, study.steps // 10),

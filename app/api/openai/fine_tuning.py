@@ -16,7 +16,7 @@ from app.api.body import JsonRoute
 from app.api.deps import State, StateDep
 from app.api.openai.files import find_file, is_theirs
 from app.api.openai.fine_tuning_schemas import CheckpointReply, EventReply, JobReply, JobRequest
-from app.api.openai.job_options import options_of, shown
+from app.api.openai.job_options import method_of, options_of, shown
 from app.api.paging import After, paged
 from app.api.schemas import Page
 from app.api.visible import check_reference, check_task
@@ -27,6 +27,7 @@ from app.jobs.names import new_id, unknown
 from app.jobs.owner import check_publishing
 from app.registry import Pin
 from app.registry.reference import check_task_name
+from app.train.recipe import KV_METHODS
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning/jobs", tags=["training"])
 
@@ -83,7 +84,7 @@ async def create_fine_tuning_job(
     if body.suffix is not None:
         _check_suffix(task, state.base.info.name)
     check_task(caller, task)
-    start = await _pin(state, caller, body.model)
+    start = await _pin(state, caller, body.model, keeps_kv=method_of(body) in KV_METHODS)
     try:
         options = options_of(body, start.prompt.num_virtual_tokens if start else None)
         initial = save({"prompt": start.prompt.tensor.contiguous()}) if start else None
@@ -183,16 +184,16 @@ async def _change(state: State, job: Job, change: Callable[[Job], Job], told: st
     return _reply(after)
 
 
-async def _pin(state: State, caller: Caller, model: str) -> Pin | None:
+async def _pin(state: State, caller: Caller, model: str, *, keeps_kv: bool) -> Pin | None:
     """The soft prompt to start from; None for the base model. To be released."""
     if model == state.base.info.name:
         return None  # which every job needs: no key must have it among its tasks
     check_reference(caller, model, state.base.info.name)
     pin = await state.loading.run(partial(state.registry.pin, model))
-    if pin.prompt.kind != "embedding":
+    if pin.prompt.kind != "embedding" and not keeps_kv:
         pin.release()
         raise InvalidRequest(
-            "prompt tuning can start from virtual tokens alone, not from keys and values", param="model"
+            f"only {' and '.join(KV_METHODS)} can start from keys and values, others need virtual tokens", param="model"
         )
     return pin
 

@@ -1,4 +1,4 @@
-"""Bodies of files and fine-tuning jobs: OpenAI's, with what a soft prompt needs under `method.prompt_tuning`."""
+"""Bodies of files and fine-tuning jobs: OpenAI's, with what a soft prompt needs under `method.<its type>`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from app.api.schemas import Strict
 from app.jobs import Status
 from app.manifest import StopString
+from app.train.recipe import METHODS, Encoder, Init, MethodName
 
 Auto = Literal["auto"]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
-METHODS = ("prompt_tuning", "supervised")
+TYPES = (*METHODS, "supervised")
 
 
 class Hyperparameters(Strict):
@@ -25,6 +26,23 @@ class Hyperparameters(Strict):
 
 
 class PromptTuningHyperparameters(Hyperparameters):
+    """Those of all methods; what one has no use for says nothing."""
+
+    learning_rate: Annotated[
+        Auto | Annotated[float, Field(ge=1e-8, le=10)] | None,
+        Field(description="Instead of a multiplier; `auto` tries three in short runs"),
+    ] = None
+    budget_seconds: Annotated[
+        float | None, Field(ge=1, le=31_536_000, description="Of training: as many steps as it has room for")
+    ] = None
+    residual_size: Annotated[int | None, Field(ge=1, le=8_192, description="Width of `residual`; 128")] = None
+    encoder: Annotated[Encoder | None, Field(description="Of p_tuning; mlp")] = None
+    encoder_hidden_size: Annotated[int | None, Field(ge=1, le=8_192, description="Of p_tuning; 256")] = None
+    num_ranks: Annotated[int | None, Field(ge=1, le=64, description="Of multitask_prompt_tuning; 1")] = None
+    num_frozen_tokens: Annotated[int | None, Field(ge=0, le=1_023, description="Of a cartridge; 1")] = None
+    cpt_epsilon: Annotated[
+        float | None, Field(ge=1e-6, le=1_000, description="How far cpt moves a token, in an embedding's norm; 0.5")
+    ] = None
     num_virtual_tokens: Annotated[int | None, Field(ge=1, le=1_024, description="20 by default")] = None
     max_steps: Annotated[int | None, Field(ge=1, le=100_000, description="300 by default; n_epochs wins")] = None
     eval_every: Annotated[int | None, Field(ge=1, le=100_000, description="Steps between two validations")] = None
@@ -35,7 +53,16 @@ class PromptTuningHyperparameters(Hyperparameters):
 class PromptTuning(Strict):
     hyperparameters: PromptTuningHyperparameters | None = None
     template: Annotated[Text | None, Field(description="How `input` becomes text; by default `{input}\\n`")] = None
+    init: Annotated[
+        Init | None,
+        Field(description="What it starts from; by default the prompt that is the `model`, else a text, else chance"),
+    ] = None
     init_text: Annotated[Text, Field(description="The virtual tokens start from its embeddings")] = ""
+    residual: Annotated[bool, Field(description="A network beside the prompt while it is trained")] = False
+    for_task: Annotated[
+        str | None,
+        Field(max_length=200, description="Of the rows' tasks the one to publish, by default the first by name"),
+    ] = None
     classify: Annotated[
         bool | None, Field(description="Whether the targets are labels; by default if they are few and repeated")
     ] = None
@@ -53,16 +80,38 @@ class Supervised(Strict):
 class Method(Strict):
     """`supervised`, which OpenAI's clients send, is prompt tuning with its defaults."""
 
-    type: Literal["prompt_tuning", "supervised"]
+    type: MethodName | Literal["supervised"]
     prompt_tuning: PromptTuning | None = None
+    p_tuning: PromptTuning | None = None
+    prefix_tuning: PromptTuning | None = None
+    cartridge: PromptTuning | None = None
+    multitask_prompt_tuning: PromptTuning | None = None
+    cpt: PromptTuning | None = None
     supervised: Supervised | None = None
+
+    @property
+    def name(self) -> MethodName:
+        return "prompt_tuning" if self.type == "supervised" else self.type
+
+    @property
+    def tuning(self) -> PromptTuning | None:
+        """The member that the type names."""
+        found: PromptTuning | None = getattr(self, self.name)
+        return found
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") not in METHODS:
-            raise ValueError(f"type must be one of {', '.join(METHODS)}")
+        if isinstance(value, dict) and value.get("type") not in TYPES:
+            raise ValueError(f"type must be one of {', '.join(TYPES)}")
         return value
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Method:
+        for name in METHODS:
+            if name != self.name and getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, and the type is {self.type}")
+        return self
 
 
 class JobRequest(Strict):

@@ -1,0 +1,201 @@
+"""The training loop: one method's parameters, AdamW, and a state that can be put away between any two steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.errors import TrainingFailed
+from app.train.checkpoint import Progressed, save_checkpoint, sync
+from app.train.data import Example, batches
+from app.train.forward import Batch, answer_nll
+from app.train.initial import embedding_weight
+from app.train.methods import PEFT_FILES, Method
+from app.train.methods.method import on_cpu
+from app.train.recipe import Recipe
+from app.train.report import Progress
+from app.train.schedule import PROBE_STEPS, first_plan, learning_rate, next_plan
+
+# AdamW's usual 0.999 remembers a thousand steps; a whole run here is a few hundred
+_BETAS = (0.9, 0.99)
+
+
+class Loop:
+    """The model, a method and its optimizer during one `train` call."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, recipe: Recipe, *, shared: bool = False) -> None:
+        self.model, self.method, self.recipe, self.shared = model, method, recipe, shared
+        self.device = embedding_weight(model).device
+        groups = method.groups()
+        self.scales = [group.scale for group in groups]
+        self.parameters = dict(method.named_parameters())
+        found = [parameter for group in groups for parameter in group.parameters]
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.trained = {names[id(parameter)]: parameter for parameter in found}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in self.trained)
+        # times the norm of a gradient: that of a parameter in its own unit
+        self.units = torch.tensor([group.scale for group in groups for _ in group.parameters], device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group.parameters} for group in groups],
+            lr=1.0,
+            betas=_BETAS,
+            weight_decay=recipe.weight_decay,
+        )
+
+    def begin(self) -> Progressed:
+        """Nothing done yet; the best prompt so far is the initial one."""
+        return Progressed(self._method_state(), self.method.tensors())
+
+    def restore(self, state: Progressed) -> None:
+        self.method.load_state_dict(state.method)
+        if state.step:
+            for name, parameter in self.trained.items():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.step)),
+                    "exp_avg": state.exp_avg[name].to(self.device),
+                    "exp_avg_sq": state.exp_avg_sq[name].to(self.device),
+                }
+
+    def run(
+        self,
+        state: Progressed,
+        examples: list[Example],
+        held_out: list[Example],
+        work: Path,
+        identity: str,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> str:
+        """Step until the last one or no improvement, moving `state` along; returns why it ended."""
+        recipe = self.recipe
+        source = _batches_from(examples, recipe, state.step)
+        durations: list[float] = []
+        mark = time.monotonic()
+        while state.step < _total(recipe, state) and state.stale < recipe.patience and not _is_spent(recipe, state):
+            rate = learning_rate(recipe, state.step, _total(recipe, state))
+            batch_examples = next(source)
+            loss = self._step(batch_examples, rate, state.step + 1)
+            state.step += 1
+            state.trained_tokens += sum(len(example.ids) for example in batch_examples)
+            state.losses.append(loss)
+            now = time.monotonic()
+            durations, state.seconds, mark = [*durations, now - mark][-PROBE_STEPS:], state.seconds + now - mark, now
+            if recipe.budget_seconds is not None and state.planned_steps is None and len(durations) == PROBE_STEPS:
+                typical = sorted(durations[1:])[len(durations) // 2 - 1]
+                state.planned_steps = first_plan(recipe, len(held_out), state.step, state.seconds, typical)
+            validation = None
+            is_last = state.step == _total(recipe, state) or _is_spent(recipe, state)
+            if state.step % recipe.eval_every == 0 or is_last:
+                validation = self._validate(held_out)
+                state.note(validation, self.method.tensors())
+                now = time.monotonic()
+                state.seconds, mark = state.seconds + now - mark, now
+                if recipe.budget_seconds is not None and not is_last:
+                    state.planned_steps = next_plan(recipe, state.step, state.seconds)
+            is_saved = state.step % recipe.checkpoint_every == 0 or validation is not None
+            if is_saved:
+                self._save(state, work, identity)
+            if on_progress is not None:
+                progress = Progress(
+                    step=state.step,
+                    max_steps=_total(recipe, state),
+                    train_loss=loss,
+                    validation_loss=validation,
+                    best_step=state.best_step,
+                    learning_rate=rate,
+                    trained_tokens=state.trained_tokens,
+                    seconds=state.seconds,
+                )
+                try:
+                    on_progress(progress)
+                except BaseException:
+                    if not is_saved:
+                        self._save(state, work, identity)
+                    raise
+        if state.step == recipe.max_steps:
+            return "max_steps"
+        return "no improvement" if state.stale >= recipe.patience else "budget"
+
+    def _method_state(self) -> dict[str, Tensor]:
+        return {name: on_cpu(tensor) for name, tensor in self.method.state_dict().items()}
+
+    def _save(self, state: Progressed, work: Path, identity: str) -> None:
+        adam = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
+        state.method = self._method_state()
+        state.exp_avg = {name: on_cpu(moments["exp_avg"]) for name, moments in adam.items()}
+        state.exp_avg_sq = {name: on_cpu(moments["exp_avg_sq"]) for name, moments in adam.items()}
+        save_checkpoint(work, identity, state)
+
+    def _step(self, examples: list[Example], rate: float, number: int) -> float:
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = rate * scale
+        self.optimizer.zero_grad()
+        batch = Batch.of(examples, self.device)
+        loss = answer_nll(self.model, self.method.prompt(), batch, shared=self.shared).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        self.optimizer.step()
+        self.method.constrain()
+        # One wait for the device a step, when all of it has been queued. What a bad step spoilt is thrown away.
+        found, size = torch.stack([loss.detach(), norm]).tolist()
+        if not (math.isfinite(found) and math.isfinite(size)):
+            raise TrainingFailed(
+                f"the loss is not finite at step {number} (loss {found}, gradient norm {size}); "
+                f"a learning_rate below {self.recipe.learning_rate} may help"
+            )
+        return float(found)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, each in the inverse of its parameter's unit; returns their norm before."""
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        norm: Tensor = (torch.stack(torch._foreach_norm(gradients)) * self.units).norm()
+        torch._foreach_mul_(gradients, (self.recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def _validate(self, examples: list[Example]) -> float:
+        totals, count = [], 0
+        ordered = sorted(examples, key=lambda example: len(example.ids))
+        prompt = self.method.prompt()
+        for first in range(0, len(ordered), self.recipe.batch_size):
+            batch = Batch.of(ordered[first : first + self.recipe.batch_size], self.device)
+            losses = answer_nll(self.model, prompt, batch, shared=self.shared)
+            totals.append(losses.sum())
+            count += len(losses)
+        mean = math.fsum(torch.stack(totals).tolist()) / count
+        if not math.isfinite(mean):
+            raise TrainingFailed(f"the validation loss is {mean}")
+        return mean
+
+    def publish(self, state: Progressed, out_dir: Path, work: Path, base_name: str) -> None:
+        """Write to a work folder first; the configuration moves last, so it marks a whole pair."""
+        made = work / "peft"
+        self.method.save(made, state.best, base_name=base_name)
+        for name in PEFT_FILES:
+            sync(made / name)
+            os.replace(made / name, out_dir / name)
+        sync(out_dir)
+
+
+def _total(recipe: Recipe, state: Progressed) -> int:
+    return recipe.max_steps if state.planned_steps is None else state.planned_steps
+
+
+def _is_spent(recipe: Recipe, state: Progressed) -> bool:
+    return recipe.budget_seconds is not None and state.seconds >= recipe.budget_seconds
+
+
+def _batches_from(examples: list[Example], recipe: Recipe, step: int) -> Iterator[list[Example]]:
+    lengths = [len(example.ids) for example in examples]
+    epoch, skip = divmod(step, math.ceil(len(examples) / recipe.batch_size))
+    while True:
+        for indices in batches(lengths, recipe.batch_size, recipe.seed, epoch)[skip:]:
+            yield [examples[i] for i in indices]
+        epoch, skip = epoch + 1, 0
