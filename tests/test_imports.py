@@ -109,6 +109,14 @@ def test_the_engine_runs_without_the_web() -> None:
     assert not set(done.stdout.split()) & {"fastapi", "starlette", "pydantic_settings", "uvicorn", "typer"}
 
 
+def test_training_needs_no_server() -> None:
+    """A GPU machine trains with torch, transformers, peft, safetensors and pydantic alone."""
+    script = "import sys, app.train.trainer; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
+    web = {"fastapi", "starlette", "pydantic_settings", "uvicorn", "typer", "rich", "structlog", "prometheus_client"}
+    assert not set(done.stdout.split()) & (web | {"sqlalchemy", "llguidance"})
+
+
 def test_keys_are_made_without_a_model() -> None:
     script = "import sys, app.cli.keys, app.access; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=APP.parent, capture_output=True, text=True, check=True)
