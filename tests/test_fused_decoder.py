@@ -600,6 +600,10 @@ def test_the_block_size_that_a_kernel_wants(monkeypatch: pytest.MonkeyPatch) -> 
     assert size(cuda, torch.float32) == 16
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with monkeypatch.context() as older:  # torch before 2.13, whose FlashAttention-2 knows no blocks
+        older.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value: None)
+        assert size(cuda, torch.bfloat16) == 16
+    monkeypatch.setattr(attention_kernels, "_find_varlen", lambda: None)
     assert size(cuda, torch.bfloat16) == size(cuda, torch.bfloat16, 96) == 256
     # Nothing that pages blocks of 256 would run these.
     assert size(cuda, torch.bfloat16, fused=False) == size(cuda, torch.bfloat16, 100) == 16
@@ -696,7 +700,11 @@ def test_a_kernel_that_is_wrong_is_not_taken(fault: str, geometry: Geometry, mon
     chosen, reasons = choose_attention("auto", geometry)
     assert chosen.name == "reference"
     found = {str(reason).partition(":")[0]: type(reason) for reason in reasons}
-    assert found == {"flashinfer attention": Unavailable, "varlen attention": Faulty}
+    assert found == {
+        "flashinfer attention": Unavailable,
+        "varlen attention": Faulty,
+        "triton attention": Unavailable,
+    }
     with pytest.raises(Faulty, match="varlen attention: differs"):
         choose_attention("varlen", geometry)
 
@@ -719,7 +727,7 @@ def test_a_kernel_that_fails_is_faulty(stage: str, geometry: Geometry, monkeypat
     with pytest.raises(Faulty, match="flashinfer attention: nvcc not found"):
         choose_attention("flashinfer", geometry)
     _, reasons = choose_attention("auto", geometry)
-    assert [type(reason) for reason in reasons] == [Faulty, Unavailable]
+    assert [type(reason) for reason in reasons] == [Faulty, Unavailable, Unavailable]
 
 
 def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +736,7 @@ def test_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.forward.describe == ("fused LlamaForCausalLM in float32 on cpu, attention reference, CUDA graphs off")
     monkeypatch.undo()
     assert "attention reference" in FusedDecoder(model, made.weights, made.cache).describe
-    for kind in ("varlen", "flashinfer"):
+    for kind in ("varlen", "flashinfer", "triton"):
         with pytest.raises(Unavailable, match=kind):
             FusedDecoder(model, made.weights, made.cache, attention=kind)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="CUDA"):
