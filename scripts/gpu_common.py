@@ -22,7 +22,7 @@ from app.soft_prompt import BaseInfo
 FP32_TOLERANCE = 1e-3  # of logits, relative to the largest or 1
 BF16_FACTOR = 1.5  # our error against transformers' own, both against float32
 # (implementation, block size): FlashAttention-2 pages blocks of 256 only.
-ATTENTION = (("reference", 16), ("flashinfer", 16), ("varlen", FLASH2_PAGE))
+ATTENTION = (("reference", 16), ("flashinfer", 16), ("varlen", FLASH2_PAGE), ("triton", 16))
 
 
 def worst(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -214,7 +214,7 @@ def test_late_between_two_kernels(machine: Machine, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Machine, "is_late", lambda *_: next(answers, True))
     report = Report()
     gpu_parity.parity(machine, report)
-    assert failed(report) == [f"llama, float32, {kind}, eager" for kind in ("flashinfer", "varlen")] + [
+    assert failed(report) == [f"llama, float32, {kind}, eager" for kind in ("flashinfer", "varlen", "triton")] + [
         "llama, bfloat16"
     ]
 

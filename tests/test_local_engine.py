@@ -701,9 +701,10 @@ def test_a_trainable_base_is_refused() -> None:
         LocalEngine(model, info, kv_cache_tokens=256)
 
 
-def test_a_model_that_ignores_position_ids_is_found_out_at_start() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_position_ids_is_found_out_at_start(dtype: torch.dtype) -> None:
     config = BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
-    model = BloomForCausalLM(config).eval().requires_grad_(False)
+    model = BloomForCausalLM(config).to(dtype).eval().requires_grad_(False)
     info = BaseInfo("bloom", "sha256:0", "BloomForCausalLM", 32, 2, 4, 8, VOCAB_SIZE, 512)
     with pytest.raises(InvalidBaseModel, match="BloomForCausalLM cannot be served"):
         LocalEngine(model, info, kv_cache_tokens=256).start()

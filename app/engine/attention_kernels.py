@@ -15,7 +15,7 @@ import torch
 
 from app.engine.paged_attention import Geometry, PagedAttention, PagedBatch, ReferenceAttention, paged_batch
 
-Kind = Literal["auto", "varlen", "flashinfer", "reference"]
+Kind = Literal["auto", "varlen", "flashinfer", "triton", "reference"]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 FLASH2_PAGE = 256  # block sizes that torch's own FlashAttention-2 can page: multiples of this
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -36,7 +36,7 @@ def _active_flash_attention() -> str:
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() or "FA2"
 
 
-def _require_card(geometry: Geometry, least: tuple[int, int]) -> None:
+def require_card(geometry: Geometry, least: tuple[int, int]) -> None:
     """Raises Unavailable for another device than a CUDA card of this compute capability; bfloat16 needs 8.0."""
     if geometry.device.type != "cuda":
         raise Unavailable("needs a CUDA device")
@@ -51,16 +51,22 @@ def _has_varlen_heads(head_dim: int) -> bool:
     return head_dim % 8 == 0 and head_dim <= 256
 
 
-def _load_varlen(geometry: Geometry) -> tuple[Callable[..., torch.Tensor], str]:
-    """torch's varlen_attn and the name of the kernel behind it. Raises Unavailable."""
-    _require_card(geometry, (8, 0))
+def _find_varlen() -> Callable[..., torch.Tensor]:
+    """torch's varlen_attn. Raises Unavailable where it does not know block tables."""
     try:
-        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        varlen: Callable[..., torch.Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError) as error:
         raise Unavailable(f"torch {torch.__version__} has no varlen_attn") from error
     missing = {"block_table", "seqused_k", "enable_gqa", "num_splits"} - set(inspect.signature(varlen).parameters)
     if missing:
         raise Unavailable(f"varlen_attn of torch {torch.__version__} lacks {', '.join(sorted(missing))}")
+    return varlen
+
+
+def _load_varlen(geometry: Geometry) -> tuple[Callable[..., torch.Tensor], str]:
+    """torch's varlen_attn and the name of the kernel behind it. Raises Unavailable."""
+    require_card(geometry, (8, 0))
+    varlen = _find_varlen()
     active = _active_flash_attention()
     if active == "FA2" and geometry.block_size % FLASH2_PAGE:
         raise Unavailable(f"FlashAttention-2 pages blocks of multiples of {FLASH2_PAGE}, not {geometry.block_size}")
@@ -112,7 +118,7 @@ class VarlenAttention:
 
 
 def _load_flashinfer(geometry: Geometry) -> Any:
-    _require_card(geometry, (7, 5))
+    require_card(geometry, (7, 5))
     try:
         return importlib.import_module("flashinfer")
     except ImportError as error:
@@ -223,7 +229,7 @@ def preferred_block_size(device: torch.device, dtype: torch.dtype, default: int,
     """The block size to give the cache so that `auto` finds a kernel for it.
 
     `fused`: whether a fused decoder runs the model, for nothing else uses the kernels. Only FlashAttention-2, which
-    comes with torch, is particular about block sizes.
+    comes with torch from 2.13 on, is particular about block sizes.
     """
     if not fused or device.type != "cuda" or dtype not in KERNEL_DTYPES or not _has_varlen_heads(head_dim):
         return default
@@ -231,12 +237,23 @@ def preferred_block_size(device: torch.device, dtype: torch.dtype, default: int,
         return default
     if head_dim in FLASHINFER_HEAD_DIMS and importlib.util.find_spec("flashinfer") is not None:
         return default
+    try:
+        _find_varlen()
+    except Unavailable:
+        return default
     return FLASH2_PAGE
 
 
-_KERNELS: dict[str, type[VarlenAttention] | type[FlashInferAttention]] = {
+def _triton_attention(geometry: Geometry) -> PagedAttention:
+    from app.engine.triton_attention import TritonAttention  # it imports this module
+
+    return TritonAttention(geometry)
+
+
+_KERNELS: dict[str, Callable[[Geometry], PagedAttention]] = {
     "flashinfer": FlashInferAttention,
     "varlen": VarlenAttention,
+    "triton": _triton_attention,
 }
 
 
@@ -252,7 +269,7 @@ def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, li
         if kind not in ("auto", name):
             continue
         try:
-            attention: PagedAttention = kernel(geometry)
+            attention = kernel(geometry)
             check_attention(attention, geometry)
             return attention, reasons
         except Exception as error:  # a kernel may fail to build, to load or to launch, each in its own way

@@ -204,6 +204,6 @@ def self_check(
     if not all(error < tolerance for error in errors):
         raise InvalidBaseModel(
             f"{info.architecture} cannot be served in mixed batches: its logits differ by a factor of "
-            f"{', '.join(f'{error:.3g}' for error in errors)} from its own forward (limit {tolerance}); it needs "
+            f"{', '.join(f'{error:.3g}' for error in errors)} from its own forward (limit {tolerance:.3g}); it needs "
             "causal attention that honours attention masks and position ids"
         )
