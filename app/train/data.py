@@ -18,6 +18,7 @@ from app.text import Template
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_ROWS = 200_000
 MAX_FIELD_CHARACTERS = 1_000_000
+MAX_REFERENCES = 100  # of a row
 _POOL_BATCHES = 8  # batches sorted together: enough to cut padding, few enough to stay random
 
 
@@ -28,6 +29,7 @@ class Row:
     input: str
     target: str
     source: str = field(default="", compare=False)
+    references: tuple[str, ...] = ()  # other right answers beside `target`
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Example:
     start: int
 
 
-def read_rows(path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS) -> list[Row]:
+def read_rows(
+    path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS, references: bool = False
+) -> list[Row]:
     """Read JSON lines `{"input": str, "target": str}`; other members are ignored, blank lines too.
 
+    With `references` a row may have a list of other right answers under that name.
     Raises InvalidTrainingData naming file:line, never quoting the data.
     """
     try:
@@ -56,13 +61,13 @@ def read_rows(path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MA
             continue
         if len(rows) == max_rows:
             raise InvalidTrainingData(f"{path.name}:{number}: more than {max_rows} rows")
-        rows.append(_parse_row(line, f"{path.name}:{number}"))
+        rows.append(_parse_row(line, f"{path.name}:{number}", references=references))
     if not rows:
         raise InvalidTrainingData(f"{path.name}: no rows")
     return rows
 
 
-def _parse_row(line: bytes, source: str) -> Row:
+def _parse_row(line: bytes, source: str, *, references: bool) -> Row:
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_members)
     except UnicodeDecodeError as error:
@@ -78,7 +83,11 @@ def _parse_row(line: bytes, source: str) -> Row:
     texts = [_text(value, name, source) for name in ("input", "target")]
     if not texts[1].strip():
         raise InvalidTrainingData(f"{source}: 'target' is empty")
-    return Row(texts[0], texts[1], source)
+    others = value.get("references", []) if references else []
+    if not isinstance(others, list) or len(others) > MAX_REFERENCES:
+        raise InvalidTrainingData(f"{source}: 'references' is not a list of at most {MAX_REFERENCES}")
+    named = (_text({"references": other}, "references", source) for other in others)
+    return Row(texts[0], texts[1], source, tuple(dict.fromkeys(text for text in named if text != texts[1])))
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     sha = hashlib.sha256()
     for rows in (train, validation):
         for row in rows:
-            sha.update(json.dumps([row.input, row.target]).encode() + b"\n")
+            sha.update(json.dumps([row.input, row.target, *row.references]).encode() + b"\n")
         sha.update(b"\n")
     return sha.hexdigest()
 
