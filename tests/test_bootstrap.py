@@ -28,8 +28,9 @@ def test_each_resample_has_as_many_rows_as_there_are() -> None:
     assert np.mean([counts == 0 for counts in drawn]) == pytest.approx((1 - 1 / 7) ** 7, abs=0.02), "with replacement"
 
 
-def test_95_of_100_intervals_hold_the_truth() -> None:
+def test_95_of_100_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an accuracy of 0.8 in samples of 100 rows; binomial, so 95 % of 200 samples is 190 with a deviation of 3."""
+    monkeypatch.setattr("app.train.bootstrap.RESAMPLES", 200)
     generator = random.Random(0)
     held = 0
     for sample in range(200):
