@@ -144,6 +144,8 @@ def test_field_f1_is_micro() -> None:
     assert nonsense is not None and value(nonsense, 2) == 0.0
     repeated = field_f1(["a: 4 | a: 4 | a: 4"], ["a: 4"])
     assert repeated is not None and value(repeated, 1) == pytest.approx(2 * 1 / (3 + 1)), "said three times, right once"
+    twice = field_f1(["a: 4 | a: 4"], ["a: 4 | a: 4"])
+    assert twice is not None and value(twice, 1) == 1.0
     assert field_f1(["a: 1"] * 2, ["a: 1", "a title"]) is None, "one target of another form and there is no such score"
 
 
