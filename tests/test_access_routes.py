@@ -59,6 +59,7 @@ ALLOWED = {
     "GET /v1/fine_tuning/jobs/{job}": {"jobs", "admin"},
     "GET /v1/fine_tuning/jobs/{job}/events": {"jobs", "admin"},
     "GET /v1/fine_tuning/jobs/{job}/checkpoints": {"jobs", "admin"},
+    "GET /v1/fine_tuning/jobs/{job}/report": {"jobs", "admin"},
     "POST /v1/fine_tuning/jobs/{job}/cancel": {"jobs", "admin"},
     "POST /v1/fine_tuning/jobs/{job}/pause": {"jobs", "admin"},
     "POST /v1/fine_tuning/jobs/{job}/resume": {"jobs", "admin"},

@@ -201,6 +201,7 @@ def test_operation_ids_are_stable(document: dict[str, Any]) -> None:
         "get /v1/fine_tuning/jobs/{job}": "retrieve_fine_tuning_job",
         "get /v1/fine_tuning/jobs/{job}/events": "list_fine_tuning_events",
         "get /v1/fine_tuning/jobs/{job}/checkpoints": "list_fine_tuning_checkpoints",
+        "get /v1/fine_tuning/jobs/{job}/report": "retrieve_fine_tuning_report",
         "post /v1/fine_tuning/jobs/{job}/cancel": "cancel_fine_tuning_job",
         "post /v1/fine_tuning/jobs/{job}/pause": "pause_fine_tuning_job",
         "post /v1/fine_tuning/jobs/{job}/resume": "resume_fine_tuning_job",

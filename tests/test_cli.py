@@ -14,12 +14,13 @@ from app.base_model import load_base_model
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.cli import main
 from app.errors import InvalidRecipe, InvalidRequest
-from app.manifest import Calibration, ManifestInput
+from app.manifest import Calibration, Defaults, ManifestInput
 from app.registry import Registry, Store
 from app.train.calibration import Judged
 from app.train.recipe import METHODS
 from tests.api_harness import files
 from tests.cli_harness import run
+from tests.test_html_report import Page
 from tests.tiny import save_tiny
 
 runner = CliRunner()
@@ -81,8 +82,26 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
     config = json.loads(registry(home).read_file("mood", 1, CONFIG_FILE))
     assert config["base_model_name_or_path"] == "tiny", "a machine's path has no business in a published file"
 
-    scores = invoke("eval", "mood@latest", "--data", str(home / "data" / "test.jsonl"), "--json")
-    assert json.loads(scores.stdout.splitlines()[-1]) == manifest.metrics["soft_prompt"]
+    test_rows = str(home / "data" / "test.jsonl")
+    found = run("eval", "mood@latest", "--data", test_rows, "--json").document
+    assert found["evaluation"]["scores"] == manifest.metrics["soft_prompt"] and found["rows"] == 24
+    assert found["evaluation"]["name"] == "mood:1" and found["against"] is None and found["differences"] == {}
+    assert sum(map(sum, found["evaluation"]["confusion"]["counts"])) == 24
+    assert len(manifest.lineage["curve"]) == 2 and manifest.lineage["curve"][-1]["step"] == 12
+
+    page, answers = home / "out.html", home / "answers.jsonl"
+    done = run("eval", "mood:1", "--against", "tiny", "--data", test_rows, "--report", page, "--answers", answers)
+    head, *lines = done.out.splitlines()
+    assert head.split() == ["score", "mood:1", "95", "%", "tiny", "95", "%", "difference", "95", "%"]
+    assert [line.split()[0] for line in lines] == ["accuracy", "macro_f1", "ece", "ece_calibrated", "(24"]
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [record["row"] for record in records] == list(range(1, 25)) and records[0]["source"] == "test.jsonl:1"
+    right = sum(record["right"] for record in records)
+    assert round(right / 24, 4) == manifest.metrics["soft_prompt"]["accuracy"]
+    assert {record["against"] for record in records} <= {"neg", "pos"}, "the base is asked as the version is"
+    assert all(sum(record["probabilities"].values()) == pytest.approx(1) for record in records)
+    shown = Page(page.read_text()).text
+    assert "mood:1" in shown and "Loss" in shown and "Confusion" in shown and f"{24 - right}, the worst first" in shown
 
     assert manifest.calibration is not None
     assert manifest.calibration.temperature == 2.0, "fitted on the 20 validation rows, never on the 24 of the test"
@@ -166,8 +185,44 @@ def test_train_generates_without_labels_and_can_leave_aliases_alone(home: Path) 
     assert dict(task.aliases) == {}
     manifest = task.versions[1].manifest
     assert manifest.labels is None and manifest.defaults.max_tokens == 4 and manifest.defaults.stop == ["\n"]
-    assert set(manifest.metrics["soft_prompt"]) == {"exact_match", "rouge_l"}
+    assert set(manifest.metrics["soft_prompt"]) == {"exact_match", "rouge_l", "bleu", "chrf"}
     assert "zero_shot" not in manifest.metrics and set(manifest.metrics["floor"]) == {"constant", "copy"}
+
+
+def test_two_versions_are_compared_on_the_same_rows(home: Path) -> None:
+    info = load_base_model(str(home / "tiny"), cache_dir=home / "cache").info
+    for content, manifest in (
+        (0.5, ManifestInput(template="{input}\nMood:", defaults=Defaults(max_tokens=2))),
+        (0.75, ManifestInput(template="{input}\nMood:", labels=["neg", "pos"])),
+    ):
+        given = files(content)
+        registry(home).publish("mood", read_checkpoint(given["adapter_config"], given["adapter_model"], manifest, info))
+    rows = home / "rows.jsonl"
+    rows.write_text(json.dumps({"input": "good", "target": "pos", "references": ["positive"]}) + "\n")
+    found = run("eval", "mood:2", "--against", "mood:1", "--data", rows, "--json").document
+    assert (found["evaluation"]["name"], found["against"]["name"]) == ("mood:2", "mood:1")
+    assert set(found["differences"]) == {"accuracy", "macro_f1"}, "the second generates; it is held against labels"
+    back = run("eval", "mood:1", "--against", "mood:2", "--data", rows, "--json").document
+    assert {"exact_match", "rouge_l", "bleu", "chrf"} == set(back["differences"])
+    assert back["evaluation"]["signatures"]["bleu"].startswith("nrefs:2|")
+    score = back["evaluation"]["scores"]["rouge_l"] - back["against"]["scores"]["rouge_l"]
+    assert back["differences"]["rouge_l"] == {"difference": pytest.approx(score), "interval": [score, score]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--report", "HOME/nowhere/out.html"),
+        ("--answers", "HOME/data"),
+        ("--answers", "HOME/data/test.jsonl"),
+        ("--seed", "-1"),
+    ],
+)
+def test_eval_refuses_before_it_asks_anything(home: Path, arguments: tuple[str, str]) -> None:
+    data = home / "data" / "test.jsonl"
+    before = data.read_bytes()
+    filled = [argument.replace("HOME", str(home)) for argument in arguments]
+    assert run("eval", "nothing", "--data", data, *filled, expect=2).out == "" and data.read_bytes() == before
 
 
 def test_model_show_is_json(home: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.jobs.gate import compare
-from app.train.metrics import paired_interval
+from app.jobs.gate import judge
+from app.train.data import Row
+from app.train.evaluation import Evaluation
 from tests.api_harness import Harness
 from tests.fake_engine import Call
 from tests.jobs_harness import Jobs, fast_jobs
@@ -50,7 +51,8 @@ def test_better_moves_it_and_worse_does_not(jobs: Jobs) -> None:
     first = run(jobs, BAD)
     assert first["gate"]["moved"] and first["metrics"]["soft_prompt"]["accuracy"] == 0.0
     better = run(jobs, GOOD)
-    assert better["metrics"]["soft_prompt"] == {"accuracy": 1.0, "macro_f1": 1.0}
+    scores = better["metrics"]["soft_prompt"]
+    assert set(scores) == {"accuracy", "macro_f1", "ece"} and scores["accuracy"] == scores["macro_f1"] == 1.0
     gate = better["gate"]
     assert gate["moved"] and (gate["score"], gate["current"], gate["current_score"]) == (1.0, "mood:1", 0.0)
     assert gate["interval"] == [1.0, 1.0] and gate["rows"] == 10 and "better than mood:1" in gate["reason"]
@@ -106,21 +108,23 @@ def test_a_version_that_cannot_be_scored_keeps_its_alias(jobs: Jobs) -> None:
     assert not job["gate"]["moved"] and job["gate"]["reason"].startswith("mood:1 cannot be scored")
 
 
+def answered(name: str, answers: list[str], target: str, labels: list[str] | None = None) -> Evaluation:
+    rows = [Row(f"row {i}", target) for i in range(len(answers))]
+    return Evaluation(name=name, rows=rows, answers=answers, labels=labels)
+
+
 def test_an_interval_that_holds_zero_is_not_enough() -> None:
-    targets = ["a"] * 20
-    one_better = compare("latest", "t:1", ["a"] * 20, ["a"] * 19 + ["b"], targets, labels=True, seed=0)
+    labels = ["a", "b"]
+    new = answered("t:2", ["a"] * 20, "a", labels)
+    one_better = judge("latest", new, answered("t:1", ["a"] * 19 + ["b"], "a", labels), seed=0)
     assert not one_better.moved and one_better.score == 1.0 and one_better.current_score == 0.95
     assert "not surely better" in one_better.reason
-    half_better = compare("latest", "t:1", ["a"] * 20, ["a"] * 10 + ["b"] * 10, targets, labels=True, seed=0)
+    assert one_better.current == "t:1" and one_better.metric == "accuracy" and one_better.rows == 20
+    half_better = judge("latest", new, answered("t:1", ["a"] * 10 + ["b"] * 10, "a", labels), seed=0)
     assert half_better.moved and half_better.interval is not None and half_better.interval[0] > 0
-    text = compare("latest", "t:1", ["a b c d"], ["a b x y"], ["a b c d"], labels=False, seed=0)
+    none_better = judge("latest", new, answered("t:1", ["a"] * 20, "a", labels), seed=0)
+    assert not none_better.moved and none_better.interval == (0.0, 0.0)
+    text = judge("latest", answered("t:2", ["a b c d"], "a b c d"), answered("t:1", ["a b x y"], "a b c d"), seed=0)
     assert text.metric == "rouge_l" and (text.score, text.current_score) == (1.0, 0.5)
-
-
-def test_the_interval_is_that_of_the_mean() -> None:
-    """Of 400 differences of standard deviation 1 it is about 1.96 / 20 wide to each side."""
-    differences = [1.0, -1.0] * 200
-    low, high = paired_interval(differences)
-    assert low == pytest.approx(-0.098, abs=0.02) and high == pytest.approx(0.098, abs=0.02)
-    assert paired_interval(differences) == (low, high) != paired_interval(differences, seed=1)
-    assert paired_interval([0.25] * 7) == (0.25, 0.25)
+    worded = judge("latest", new, answered("t:1", ["b"] * 20, "a"), seed=0)
+    assert worded.moved and (worded.metric, worded.current_score) == ("accuracy", 0.0), "it generated what was a label"

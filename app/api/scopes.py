@@ -50,6 +50,7 @@ NEEDS: dict[str, Scope | Literal["public", "any key"]] = {
     "retrieve_fine_tuning_job": "jobs",
     "list_fine_tuning_events": "jobs",
     "list_fine_tuning_checkpoints": "jobs",
+    "retrieve_fine_tuning_report": "jobs",
     "cancel_fine_tuning_job": "jobs",
     "pause_fine_tuning_job": "jobs",
     "resume_fine_tuning_job": "jobs",

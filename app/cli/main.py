@@ -14,7 +14,7 @@ import typer
 
 from app import __version__
 from app.cli import alias, ask, batch, bench, completion, doctor, errors, keys, model, tasks, values
-from app.cli.output import AsJson, err, out, say, warn, write, write_json
+from app.cli.output import AsJson, err, say, to_json, warn, write, write_json
 from app.config import Settings, load_with_sources
 from app.errors import InvalidRequest
 
@@ -231,23 +231,36 @@ def export(
         write("\n".join(paths))
 
 
-@app.command("eval", epilog="Example: softprompt eval mood --data examples/data/sentiment_mixed/test.jsonl")
+@app.command("eval", epilog="Example: softprompt eval mood:7 --against mood:5 --data rows.jsonl --report out.html")
 def evaluate(
     reference: Annotated[str, typer.Argument(help="task, task:7, task@alias, or the base model's name")],
-    data: Annotated[Path, typer.Option(help="JSONL rows of input and target")],
+    data: Annotated[Path, typer.Option(help="JSONL rows of input and target, and of references where there are more")],
+    against: Annotated[str | None, typer.Option(help="What to compare with on the same rows, as REFERENCE")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write: all of it to look at")] = None,
+    answers: Annotated[Path | None, typer.Option(help="JSONL file to write: the answer to each row")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap intervals")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Score a published prompt on held-out rows."""
+    """Score a published prompt on held-out rows, with 95 % intervals, and compare it with another.
+
+    The base model beside a prompt is asked as that prompt is: with its template and labels.
+    """
     settings = Settings.load()
-    from app.cli.train import evaluate_reference
+    from app.cli.evaluate import check_outputs, evaluate_references
     from app.train import read_rows
 
-    rows = read_rows(data)
-    scores = asyncio.run(evaluate_reference(reference, rows, settings, model.load(settings), console=err))
+    check_outputs(data, report, answers)
+    rows = read_rows(data, references=True)
+    names = [reference] if against is None else [reference, against]
+    found = asyncio.run(evaluate_references(names, rows, settings, model.load(settings), seed=seed, console=err))
+    if answers is not None:
+        answers.write_text("".join(to_json(record) + "\n" for record in found.answers()), encoding="utf-8")
+    if report is not None:
+        report.write_text(found.page(data.name), encoding="utf-8")
     if as_json:
-        write_json(scores)
+        write_json(found.document())
     else:
-        out.print(" · ".join(f"{name} {value}" for name, value in scores.items()), f"({len(rows)} rows)")
+        found.tell()
 
 
 @app.command(epilog="Example: softprompt calibrate mood --data validation.jsonl")

@@ -1,10 +1,9 @@
-"""What `softprompt train`, `softprompt eval` and `softprompt calibrate` do, with their progress bars."""
+"""What `softprompt train` and `softprompt calibrate` do, with their progress bars."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,17 @@ from torch import Tensor
 
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
+from app.cli.evaluate import evaluators, started_engine
 from app.cli.output import progress_bar, write_table
 from app.config import Settings
-from app.engine.local import LocalEngine
 from app.errors import InvalidRequest, InvalidTrainingData, TrainingFailed
-from app.local_engine import local_engine
 from app.manifest import Calibration, ManifestInput
 from app.registry import Published, Registry, Store
 from app.registry.reference import check_alias_name, check_task_name
-from app.text import Template
 from app.train import Progress as Step
 from app.train import Row, TrainReport
 from app.train.calibration import Judged, fit
 from app.train.data import digest
-from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
 from app.train.job import Job
 from app.train.trainer import train
 
@@ -59,7 +55,7 @@ def train_and_publish(
         raise TrainingFailed(f"another process is training in {work}") from None
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow]: {warning}")
-    with _engine(settings, base) as engine, progress_bar(console=console) as bar:
+    with started_engine(settings, base) as engine, progress_bar(console=console) as bar:
         scored = bar.add_task("scoring", total=job.num_scored_rows(base, baselines=baselines))
 
         async def measure() -> tuple[Calibration | None, dict[str, Any]]:
@@ -88,18 +84,6 @@ def train_and_publish(
     return published
 
 
-async def evaluate_reference(
-    reference: str, rows: Sequence[Row], settings: Settings, base: BaseModel, *, console: Console
-) -> dict[str, float]:
-    """Scores of a published prompt, or of the bare base model under its own name; answers are greedy."""
-    prompt, manifest = None, ManifestInput()
-    if reference != base.info.name:
-        pin = Registry(Store(settings.registry), base.info).pin(reference)
-        prompt, manifest = pin.prompt, pin.version.manifest
-    with _evaluator(manifest, len(rows), settings, base, console) as evaluator:
-        return await evaluator.score(prompt, Template(manifest.template), rows, manifest.calibration)
-
-
 async def calibrate_reference(
     reference: str,
     rows: Sequence[Row],
@@ -123,8 +107,8 @@ async def calibrate_reference(
     if not given.labels:
         raise InvalidRequest(f"{version.reference} has no labels: only classifiers are calibrated", param="reference")
     targets = [row.target for row in rows]
-    with _evaluator(given, len(rows), settings, base, console) as evaluator:
-        scores = await evaluator.label_scores(pin.prompt, given.parsed_template, rows)
+    with evaluators(len(rows), settings, base, console) as evaluator:
+        scores = await evaluator(given).label_scores(pin.prompt, given.parsed_template, rows)
     calibration = fit(Judged.of(scores, targets, given.labels))
     origin = {"version": version.reference, "digest": version.digest, "data": digest([], rows), "command": command}
     changed = {"calibration": calibration, "lineage": {**given.lineage, "calibration": origin}}
@@ -132,24 +116,6 @@ async def calibrate_reference(
     config, tensors = (registry.read_file(version.task, version.number, name) for name in (CONFIG_FILE, TENSORS_FILE))
     checkpoint = read_checkpoint(config, tensors, ManifestInput(**{**kept, **changed}), base.info)
     return registry.publish(version.task, checkpoint, alias=alias, actor="calibrate")
-
-
-@contextmanager
-def _evaluator(
-    manifest: ManifestInput, num_rows: int, settings: Settings, base: BaseModel, console: Console
-) -> Iterator[Evaluator]:
-    """By what the manifest says of a version, with a bar for the rows."""
-    with _engine(settings, base) as engine, progress_bar(console=console) as bar:
-        scored = bar.add_task("scoring", total=num_rows)
-        yield Evaluator(
-            engine=engine,
-            tokenizer=base.tokenizer,
-            eos_token_ids=base.eos_token_ids,
-            labels=manifest.labels,
-            max_tokens=manifest.defaults.max_tokens or DEFAULT_ANSWER_TOKENS,
-            stop=manifest.defaults.stop or (),
-            on_row=lambda: bar.advance(scored),
-        )
 
 
 def starting_prompt(reference: str, settings: Settings, base: BaseModel) -> tuple[str, Tensor]:
@@ -187,16 +153,6 @@ def _train(job: Job, base: BaseModel, work: Path, console: Console, initial: Ten
             initial=initial,
             on_progress=on_progress,
         )
-
-
-@contextmanager
-def _engine(settings: Settings, base: BaseModel) -> Iterator[LocalEngine]:
-    engine = local_engine(settings, base)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
 
 
 def _tell(metrics: dict[str, object], console: Console) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from app.train.metrics import accuracy, paired_interval, rouge_l
+from app.train.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,37 +26,27 @@ class Verdict:
         return asdict(self)
 
 
-def compare(
-    alias: str,
-    current: str,
-    answers: Sequence[str],
-    current_answers: Sequence[str],
-    targets: Sequence[str],
-    *,
-    labels: bool,
-    seed: int,
-) -> Verdict:
+def judge(alias: str, new: Evaluation, current: Evaluation, *, seed: int) -> Verdict:
     """Judge two versions by their answers to the same rows. Takes up to a second: not for the event loop."""
-    metric = accuracy if labels else rouge_l
-    new = [metric([answer], [target]) for answer, target in zip(answers, targets, strict=True)]
-    old = [metric([answer], [target]) for answer, target in zip(current_answers, targets, strict=True)]
-    low, high = paired_interval([a - b for a, b in zip(new, old, strict=True)], seed=seed)
+    metric = "accuracy" if new.scored_as_labels else "rouge_l"
+    found = new.compare(current, seed=seed, only=(metric,))[metric]
+    low, high = found.interval
     better = low > 0
     shown = f"[{low:+.4f}, {high:+.4f}]"
     if better:
-        reason = f"it is better than {current}: the difference lies in {shown}"
+        reason = f"it is better than {current.name}: the difference lies in {shown}"
     elif high < 0:
-        reason = f"it is worse than {current}: the difference lies in {shown}"
+        reason = f"it is worse than {current.name}: the difference lies in {shown}"
     else:
-        reason = f"it is not surely better than {current}: the difference lies in {shown}"
+        reason = f"it is not surely better than {current.name}: the difference lies in {shown}"
     return Verdict(
         alias=alias,
         moved=better,
         reason=reason,
-        metric="accuracy" if labels else "rouge_l",
-        rows=len(targets),
-        score=round(sum(new) / len(new), 4),
-        current=current,
-        current_score=round(sum(old) / len(old), 4),
+        metric=metric,
+        rows=len(new.rows),
+        score=new.scores[metric],
+        current=current.name,
+        current_score=current.scored_as(new).scores[metric],
         interval=(round(low, 4), round(high, 4)),
     )

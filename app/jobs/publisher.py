@@ -18,7 +18,7 @@ from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.engine import Engine
 from app.errors import NotReady, PreconditionFailed, ReferenceNotFound, SoftpromptError
-from app.jobs.gate import Verdict, compare
+from app.jobs.gate import Verdict, judge
 from app.jobs.job import Job
 from app.manifest import BaseReference, Defaults, ManifestInput
 from app.registry import Registry, Version
@@ -27,6 +27,8 @@ from app.soft_prompt import SoftPrompt
 from app.text import Template
 from app.train.data import Row, read_rows
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
+from app.train.evaluation import Evaluation
+from app.train.report import thinned
 
 T = TypeVar("T")
 
@@ -51,10 +53,6 @@ class Trained:
     def tensors_digest(self) -> str:
         return sha256(self.tensors)
 
-    @property
-    def targets(self) -> list[str]:
-        return [row.target for row in self.rows]
-
 
 class Publisher:
     """Of one server; for its event loop."""
@@ -67,18 +65,18 @@ class Publisher:
 
     async def publish(
         self, job: Job, work: Path, *, begin: Callable[[], Awaitable[None]]
-    ) -> tuple[str, dict[str, Any]]:
-        """Score, then call `begin`, which may raise, publish and judge: (reference, metrics and gate).
+    ) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Score, then call `begin`, which may raise, publish and judge: (reference, metrics and gate, evaluation).
 
         May be called again for what it did before: the same files give the same version. Raises SoftpromptError.
         """
         trained = await self._in_thread(partial(self._read, job, work))
         try:
             await self._engine.load(trained.prompt)
-            answers = await self._answers(job, trained)
-            metrics = self._evaluator(job, trained.labels).compare(answers, trained.rows)
-            measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": metrics}
-            verdict, etag = await self._judge(job, trained, answers)
+            found = await self._evaluator(job, trained.labels).evaluate(trained.prompt, trained.template, trained.rows)
+            summary = await self._in_thread(partial(found.summary, job.seed))
+            measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": summary["scores"]}
+            verdict, etag = await self._judge(job, trained, found)
         finally:
             with suppress(NotReady):
                 await self._engine.unload(trained.prompt.digest)  # the version will have another one
@@ -87,7 +85,7 @@ class Publisher:
         if verdict is not None and verdict.moved:
             verdict = await self._in_thread(partial(self._move, job, version, verdict, etag))
         result = {"metrics": measured, "gate": None if verdict is None else verdict.as_dict()}
-        return version.reference, result
+        return version.reference, result, summary | {"name": version.reference}
 
     def _store(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> Version:
         """A new version, or the one that was published before this server or another one died."""
@@ -103,11 +101,7 @@ class Publisher:
         checkpoint = read_checkpoint(trained.config, trained.tensors, manifest, self._base.info)
         return self._registry.publish(job.task, checkpoint, alias=None, actor=job.owner).version
 
-    async def _answers(self, job: Job, trained: Trained) -> list[str]:
-        evaluator = self._evaluator(job, trained.labels)
-        return await evaluator.predict(trained.prompt, trained.template, trained.rows)
-
-    async def _judge(self, job: Job, trained: Trained, answers: list[str]) -> tuple[Verdict | None, int | None]:
+    async def _judge(self, job: Job, trained: Trained, found: Evaluation) -> tuple[Verdict | None, int | None]:
         """What shall become of the alias, if there is one, and its etag now (None: it is new)."""
         name = job.options.alias
         if not name:
@@ -131,26 +125,16 @@ class Publisher:
         except SoftpromptError as error:  # damaged, deleted since, or made for another base model
             return decided(moved=False, reason=f"{current.reference} cannot be scored: {error.message}"), alias.etag
         try:
-            theirs = await self._current_answers(current, pin.prompt, trained.rows)
+            theirs = await self._evaluate_current(current, pin.prompt, trained.rows)
         finally:
             pin.release()
-        judged = partial(
-            compare,
-            name,
-            current.reference,
-            answers,
-            theirs,
-            trained.targets,
-            labels=trained.labels is not None,
-            seed=job.seed,
-        )
-        return await self._in_thread(judged), alias.etag
+        return await self._in_thread(partial(judge, name, found, theirs, seed=job.seed)), alias.etag
 
-    async def _current_answers(self, version: Version, prompt: SoftPrompt, rows: list[Row]) -> list[str]:
+    async def _evaluate_current(self, version: Version, prompt: SoftPrompt, rows: list[Row]) -> Evaluation:
         """As its own manifest has it asked."""
         manifest = version.manifest
         evaluator = self._make_evaluator(manifest.labels, manifest.defaults.max_tokens, manifest.defaults.stop)
-        return await evaluator.predict(prompt, manifest.parsed_template, rows)
+        return await evaluator.evaluate(prompt, manifest.parsed_template, rows, name=version.reference)
 
     def _move(self, job: Job, version: Version, verdict: Verdict, etag: int | None) -> Verdict:
         number = version.number
@@ -190,6 +174,7 @@ class Publisher:
                 "validation_file_digest": job.data.get("validation_file_digest"),
             },
             **{name: job.report.get(name) for name in (*told, "validation_rows", "warnings")},
+            "curve": thinned(job.report.get("curve", [])),
         }
         return ManifestInput(
             base=BaseReference(name=self._base.info.name, fingerprint=self._base.info.fingerprint),

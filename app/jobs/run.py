@@ -123,7 +123,7 @@ class Run:
             while not (await asyncio.wait([publishing], timeout=POLL))[0]:
                 if not self._job.is_publishing:
                     await self._watch()
-            reference, result = publishing.result()
+            reference, result, evaluation = publishing.result()
         except (NumericalError, RequestError) as error:
             raise _Failed(error.code, error.message) from None
         except StorageFull:
@@ -137,6 +137,7 @@ class Run:
             request_id=job.id, key_id=job.owner, action="publish_version", target=reference, status=201
         )
         self._access.audit(entry)
+        await self._keep(evaluation)
         if not await self._persist(partial(_succeeded, reference=reference, result=result, now=int(time.time()))):
             return
         gate = result["gate"]
@@ -305,6 +306,13 @@ class Run:
             await self._in_thread(tell)
         except SoftpromptError as error:
             logger.warning("an event of %s is lost: %s", self._job.id, error.message)
+
+    async def _keep(self, evaluation: dict[str, Any]) -> None:
+        """Nor is an evaluation, whose scores are in the job itself."""
+        try:
+            await self._in_thread(partial(self._store.keep_evaluation, self._job.id, evaluation))
+        except SoftpromptError as error:
+            logger.warning("the evaluation of %s is lost: %s", self._job.id, error.message)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await anyio.to_thread.run_sync(work, limiter=self._threads)

@@ -28,6 +28,7 @@ MAX_FINISHED = 1_000  # jobs that are remembered
 MAX_OF_TENANT = 16  # jobs of one tenant that are not finished
 RETRY_AFTER = 60  # seconds
 JOB, EVENTS = "job.json", "events.jsonl"
+EVALUATION = "evaluation.json"  # stays, as the other two do
 TRAINING, VALIDATION, INITIAL = "training.jsonl", "validation.jsonl", "initial.safetensors"
 WORK = "work"  # the worker's own folder
 LOG = "worker.log"
@@ -153,6 +154,20 @@ class JobStore:
             except (ValueError, TypeError):
                 logger.warning("an event of %s is damaged", job_id)
         return found
+
+    def keep_evaluation(self, job_id: str, evaluation: dict[str, Any]) -> None:
+        """What was measured of the job's result, durably; beside the job, which is read far more often."""
+        self._folders.replace(job_id, EVALUATION, json.dumps(evaluation, allow_nan=False).encode())
+
+    def evaluation(self, job_id: str) -> dict[str, Any] | None:
+        """None if the job has none, or a damaged one."""
+        data = self._folders.read(job_id, EVALUATION)
+        try:
+            found = None if data is None else json.loads(data)
+        except ValueError:
+            logger.warning("the evaluation of %s is damaged", job_id)
+            return None
+        return found if isinstance(found, dict) else None
 
     def folder(self, job_id: str) -> Path:
         return self._folders.path(job_id)

@@ -18,23 +18,37 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
+class Binned:
+    """Rows by how sure the model was of its answer: bin m has the confidences in (m / NUM_BINS, (m + 1) / NUM_BINS]."""
+
+    bins: torch.Tensor  # [rows], 0 to NUM_BINS - 1
+    confidence: torch.Tensor  # [rows], float64, probability of the likeliest label
+    right: torch.Tensor  # [rows], float64, 1 where that was the target
+
+
+@dataclass(frozen=True)
 class Judged:
     """Scores of rows, and which label was right."""
 
     scores: torch.Tensor  # [rows, labels], float64, log-likelihoods
     targets: torch.Tensor  # [rows]
+    rows: torch.Tensor  # [rows], where each stands among those that were given
 
     @classmethod
     def of(cls, scores: Sequence[Sequence[float]], targets: Sequence[str], labels: Sequence[str]) -> Judged:
         """Without rows whose target is no label, or is impossible to the model: no temperature mends those."""
         number = {label: i for i, label in enumerate(labels)}
         kept = [
-            (row, number[target])
-            for row, target in zip(scores, targets, strict=True)
+            (i, row, number[target])
+            for i, (row, target) in enumerate(zip(scores, targets, strict=True))
             if target in number and row[number[target]] > -math.inf
         ]
-        table = torch.tensor([row for row, _ in kept], dtype=torch.float64).reshape(-1, len(labels))
-        return cls(table, torch.tensor([target for _, target in kept], dtype=torch.long))
+        table = torch.tensor([row for _, row, _ in kept], dtype=torch.float64).reshape(-1, len(labels))
+        return cls(
+            table,
+            torch.tensor([target for _, _, target in kept], dtype=torch.long),
+            torch.tensor([i for i, _, _ in kept], dtype=torch.long),
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -46,11 +60,15 @@ class Judged:
 
     def ece(self, temperature: float = 1.0) -> float:
         """Expected calibration error over bins of equal width: how far confidence is from accuracy, 0 to 1."""
-        confidence, best = (self.scores / temperature).softmax(dim=1).max(dim=1)
-        right = (best == self.targets).double()
-        bins = (confidence * NUM_BINS).ceil().long().clamp(max=NUM_BINS) - 1  # ((m - 1) / M, m / M] is bin m - 1
-        gaps = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
+        found = self.bins(temperature)
+        gaps = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, found.bins, found.right - found.confidence)
         return float(gaps.abs().sum() / len(self))
+
+    def bins(self, temperature: float = 1.0) -> Binned:
+        """The rows by their confidence, as a reliability diagram has them."""
+        confidence, best = (self.scores / temperature).softmax(dim=1).max(dim=1)
+        bins = (confidence * NUM_BINS).ceil().long().clamp(max=NUM_BINS) - 1  # ((m - 1) / M, m / M] is bin m - 1
+        return Binned(bins, confidence, (best == self.targets).double())
 
 
 def fit(judged: Judged) -> Calibration:

@@ -18,6 +18,7 @@ from app.text import Template
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_ROWS = 200_000
 MAX_FIELD_CHARACTERS = 1_000_000
+MAX_REFERENCES = 100  # of a row
 _POOL_BATCHES = 8  # batches sorted together: enough to cut padding, few enough to stay random
 
 
@@ -29,6 +30,7 @@ class Row:
     target: str
     source: str = field(default="", compare=False)
     task: str = ""  # which of several, for multitask prompt tuning
+    references: tuple[str, ...] = ()  # other right answers beside `target`
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,14 @@ class Example:
     task: int = 0
 
 
-def read_rows(path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS) -> list[Row]:
+def read_rows(
+    path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MAX_ROWS, references: bool = False
+) -> list[Row]:
     """Read JSON lines `{"input": str, "target": str}`, perhaps with a "task".
 
     Other members are ignored, blank lines too.
 
+    With `references` a row may have a list of other right answers under that name.
     Raises InvalidTrainingData naming file:line, never quoting the data.
     """
     try:
@@ -60,13 +65,13 @@ def read_rows(path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_rows: int = MA
             continue
         if len(rows) == max_rows:
             raise InvalidTrainingData(f"{path.name}:{number}: more than {max_rows} rows")
-        rows.append(_parse_row(line, f"{path.name}:{number}"))
+        rows.append(_parse_row(line, f"{path.name}:{number}", references=references))
     if not rows:
         raise InvalidTrainingData(f"{path.name}: no rows")
     return rows
 
 
-def _parse_row(line: bytes, source: str) -> Row:
+def _parse_row(line: bytes, source: str, *, references: bool) -> Row:
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_members)
     except UnicodeDecodeError as error:
@@ -82,7 +87,12 @@ def _parse_row(line: bytes, source: str) -> Row:
     texts = [_text(value, name, source) for name in ("input", "target")]
     if not texts[1].strip():
         raise InvalidTrainingData(f"{source}: 'target' is empty")
-    return Row(texts[0], texts[1], source, task_of(value))
+    others = value.get("references", []) if references else []
+    if not isinstance(others, list) or len(others) > MAX_REFERENCES:
+        raise InvalidTrainingData(f"{source}: 'references' is not a list of at most {MAX_REFERENCES}")
+    named = (_text({"references": other}, "references", source) for other in others)
+    found = tuple(dict.fromkeys(text for text in named if text != texts[1]))
+    return Row(texts[0], texts[1], source, task_of(value), found)
 
 
 def task_of(row: dict[str, Any]) -> str:
@@ -118,7 +128,7 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     sha = hashlib.sha256()
     for rows in (train, validation):
         for row in rows:
-            parts = [row.input, row.target] + ([row.task] if row.task else [])
+            parts = [row.input, row.target, *row.references] + ([row.task] if row.task else [])
             sha.update(json.dumps(parts).encode() + b"\n")
         sha.update(b"\n")
     return sha.hexdigest()

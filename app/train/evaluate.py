@@ -18,9 +18,9 @@ from app.errors import Overloaded
 from app.manifest import Calibration
 from app.soft_prompt import SoftPrompt
 from app.text import Template
-from app.train.calibration import Judged
 from app.train.data import Row
-from app.train.metrics import accuracy, constant, macro_f1, naive_bayes, rouge_l
+from app.train.evaluation import Evaluation
+from app.train.floors import constant, naive_bayes
 
 T = TypeVar("T")
 
@@ -43,33 +43,31 @@ class Evaluator:
     rows_in_flight: int = ROWS_IN_FLIGHT
     on_row: Callable[[], None] = lambda: None  # called after every row
 
-    async def score(
+    async def evaluate(
         self,
         prompt: SoftPrompt | None,
         template: Template,
         rows: Sequence[Row],
+        *,
+        name: str = "",
         calibration: Calibration | None = None,
-    ) -> dict[str, float]:
-        """Scores of the answers behind `prompt` (None: the bare base model).
+    ) -> Evaluation:
+        """The answers behind `prompt` (None: the bare base model), which `name` is a name for.
 
-        Calibration changes no answer: it shows in `ece_calibrated` alone.
+        Calibration changes no answer, but probabilities.
         """
         if self.labels is None:
-            return self.compare(await self.predict(prompt, template, rows), rows)
+            answers = await self._each(rows, partial(self._generate, prompt, template))
+            return Evaluation(name=name, rows=rows, answers=answers)
         scores = await self.label_scores(prompt, template, rows)
-        found = self.compare(_likeliest(self.labels, scores), rows)
-        judged = Judged.of(scores, [row.target for row in rows], self.labels)
-        if len(judged):
-            found["ece"] = round(judged.ece(), 4)
-            if calibration is not None:
-                found["ece_calibrated"] = round(judged.ece(calibration.temperature), 4)
-        return found
-
-    async def predict(self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]) -> list[str]:
-        """One answer a row, in order."""
-        if self.labels is None:
-            return await self._each(rows, partial(self._generate, prompt, template))
-        return _likeliest(self.labels, await self.label_scores(prompt, template, rows))
+        return Evaluation(
+            name=name,
+            rows=rows,
+            answers=_likeliest(self.labels, scores),
+            labels=self.labels,
+            label_scores=scores,
+            temperature=None if calibration is None else calibration.temperature,
+        )
 
     async def label_scores(
         self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]
@@ -94,25 +92,18 @@ class Evaluator:
 
         return await asyncio.gather(*map(one, rows))
 
-    def compare(self, predictions: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
-        """The scores of a list of answers."""
-        targets = [row.target for row in rows]
-        if self.labels is not None:
-            scores = {"accuracy": accuracy(predictions, targets), "macro_f1": macro_f1(predictions, targets)}
-        else:
-            scores = {"exact_match": accuracy(predictions, targets), "rouge_l": rouge_l(predictions, targets)}
-        return {name: round(value, 4) for name, value in scores.items()}
-
     def floors(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         """Scores without a language model: the most frequent target, and naive Bayes or a copy of the input."""
-        floors = {"constant": self.compare(constant([row.target for row in train], len(rows)), rows)}
         inputs = [row.input for row in rows]
+        answers = {"constant": constant([row.target for row in train], len(rows))}
         if self.labels is not None:
-            answers = naive_bayes([(row.input, row.target) for row in train], inputs)
-            floors["naive_bayes"] = self.compare(answers, rows)
+            answers["naive_bayes"] = naive_bayes([(row.input, row.target) for row in train], inputs)
         else:
-            floors["copy"] = self.compare(inputs, rows)
-        return floors
+            answers["copy"] = inputs
+        return {
+            name: Evaluation(name=name, rows=rows, answers=found, labels=self.labels).scores
+            for name, found in answers.items()
+        }
 
     async def zero_shot(self, instruction: str, template: Template, rows: Sequence[Row], seed: int) -> dict[str, Any]:
         """The base model, told what to do in words: plainly or through its chat template, whichever does better.
@@ -125,10 +116,10 @@ class Evaluator:
             chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             candidates["chat"] = Template(str(chat))
         trial = random.Random(seed).sample(list(rows), min(ZERO_SHOT_TRIAL_ROWS, len(rows)))
-        tried = {name: await self.score(None, form, trial) for name, form in candidates.items()}
-        best = max(tried, key=lambda name: tuple(tried[name].values())[:2])  # what follows is no score
-        scores = await self.score(None, candidates[best], rows)
-        return {**scores, "form": best, "instruction": instruction}
+        tried = {name: (await self.evaluate(None, form, trial)).scores for name, form in candidates.items()}
+        best = max(tried, key=lambda name: tuple(tried[name].values())[:2])  # what follows is none to choose by
+        found = await self.evaluate(None, candidates[best], rows)
+        return {**found.scores, "form": best, "instruction": instruction}
 
     async def _classify(self, prompt: SoftPrompt | None, template: Template, text: str) -> list[float]:
         continuations = [

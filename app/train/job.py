@@ -20,7 +20,7 @@ from app.train.calibration import Judged, fit
 from app.train.data import Row, encode, hold_out, read_rows, task_names
 from app.train.evaluate import DEFAULT_ANSWER_TOKENS, ZERO_SHOT_TRIAL_ROWS, Evaluator
 from app.train.recipe import Recipe
-from app.train.report import TrainReport
+from app.train.report import TrainReport, thinned
 
 MAX_LABELS_FOUND = 200  # more distinct targets than that are not labels
 
@@ -127,6 +127,7 @@ class Job:
             **({"trials": report.trials} if report.trials else {}),
             **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
             **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
+            "curve": thinned(report.curve),
         }
         return self._manifest(base, metrics, lineage, calibration)
 
@@ -202,10 +203,11 @@ class Job:
         if not rows:
             return {}
         evaluator = self.evaluator(base, engine, on_row)
+        found = await evaluator.evaluate(prompt, self.template, rows, calibration=calibration)
         metrics: dict[str, Any] = {
             "split": "test",
             "rows": len(rows),
-            "soft_prompt": await evaluator.score(prompt, self.template, rows, calibration),
+            "soft_prompt": found.scores,
             "floor": evaluator.floors(self._of_task(self.splits.train), rows),
         }
         if baselines and self.instruction:

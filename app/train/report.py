@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 REPORT_FILE = "report.json"
+MAX_POINTS = 200  # of a curve, in a manifest that may have a megabyte
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,10 @@ class TrainReport:
             return cls(**fields) if fields.pop("identity") == identity else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
+
+
+def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most MAX_POINTS of it, evenly, with the first and the last; losses to six digits."""
+    if len(curve) > MAX_POINTS:
+        curve = [curve[i * (len(curve) - 1) // (MAX_POINTS - 1)] for i in range(MAX_POINTS)]
+    return [{name: round(number, 6) for name, number in point.items()} for point in curve]

@@ -43,8 +43,9 @@ def test_loglikelihood(server: Server, tmp_path: Path, options: tuple[str, ...])
     """local-completions, multiple choice by loglikelihood: the accuracy of `softprompt eval`"""
     data = write_rows(tmp_path / "sentiment.jsonl", rows("sentiment_mixed", 60))
     ours = server.softprompt("eval", "sentiment_mixed:1", "--data", str(data), "--json")
-    assert evaluate(server, tmp_path, "sentiment_mixed:1", "sentiment", *options) == pytest.approx(ours["accuracy"])
-    assert 0.85 < ours["accuracy"] < 1
+    accuracy = ours["evaluation"]["scores"]["accuracy"]
+    assert evaluate(server, tmp_path, "sentiment_mixed:1", "sentiment", *options) == pytest.approx(accuracy, abs=1e-4)
+    assert 0.85 < accuracy < 1
 
 
 def test_generate_until(server: Server, tmp_path: Path) -> None:
@@ -52,5 +53,5 @@ def test_generate_until(server: Server, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "address.jsonl", rows("address_parse", 50))
     ours = server.softprompt("eval", "address_parse:1", "--data", str(data), "--json")
     found = evaluate(server, tmp_path, "address_parse:1", "address")
-    assert found == pytest.approx(ours["exact_match"], abs=1e-4)
+    assert found == pytest.approx(ours["evaluation"]["scores"]["exact_match"], abs=1e-4)
     assert 0.2 < found < 0.8

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Request
+from fastapi.responses import HTMLResponse
 from safetensors.torch import save
 
 from app.access import Caller
@@ -25,14 +26,23 @@ from app.jobs import Event, Job
 from app.jobs.job import cancelled, paused, resumed
 from app.jobs.names import new_id, unknown
 from app.jobs.owner import check_publishing
+from app.jobs.page import page
 from app.registry import Pin
 from app.registry.reference import check_task_name
+from app.train.html_report import POLICY
 from app.train.recipe import KV_METHODS
 
 router = APIRouter(route_class=JsonRoute, prefix="/v1/fine_tuning/jobs", tags=["training"])
 
 Limit = Annotated[int, Query(ge=1, le=1_000)]
 
+
+# A page that has names from the caller's data: it may load, run and send nothing, nor stand in another page.
+_PAGE = {
+    "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'; sandbox",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 _EXAMPLES: dict[str, Any] = {
     "plain": {
@@ -157,6 +167,20 @@ async def list_fine_tuning_checkpoints(job: JobDep, limit: Limit = 10, after: Af
     """The one that was kept and published: that with the least validation loss. None before the job has succeeded."""
     found = [] if job.fine_tuned_model is None or after is not None else [_checkpoint_reply(job)]
     return paged(found, limit)
+
+
+@router.get(
+    "/{job}/report",
+    response_class=HTMLResponse,
+    responses={200: {"content": {"text/html": {}}, "description": "A page"}},
+)
+async def retrieve_fine_tuning_report(job: JobDep, state: StateDep) -> HTMLResponse:
+    """What was measured of the published version, as a page of HTML that needs nothing else.
+
+    Scores with intervals, confusion matrix and reliability of labels, the loss by step, and what the gate said. 400
+    before the job has succeeded.
+    """
+    return HTMLResponse(await state.storing.run(lambda: page(job, state.jobs.evaluation(job.id))), headers=_PAGE)
 
 
 @router.post("/{job}/cancel", response_model=JobReply)
