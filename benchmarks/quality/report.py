@@ -5,84 +5,51 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sacrebleu.metrics import BLEU
-
-from app.train.metrics import accuracy, macro_f1, naive_bayes, rouge_l
+from app.train.data import Row, read_rows
+from app.train.evaluation import Evaluation
+from app.train.floors import naive_bayes
 from benchmarks.quality.tasks import TASKS, StudyTask
 
-RESAMPLES = 2_000
-MODEL_CHANGING = ("full", "lora")
+Cell = dict[str, Any]
+TOLD = ("zero_shot", "few_shot")  # nothing is trained
+MODEL_CHANGING = ("lora", "full")
 
 
-class Scored:
-    """The test rows of one task, and what a list of answers to them is worth."""
-
-    def __init__(self, task: StudyTask, data: Path) -> None:
-        self.task = task
-        splits = task.splits(data)
-        self.rows = splits.test
-        self.targets = [row.target for row in self.rows]
-        self.floor = self._floor([(row.input, row.target) for row in splits.train])
-        lines = (data / task.name / "test.jsonl").read_text(encoding="utf-8").splitlines()
-        self.references = [json.loads(line).get("references") for line in lines if line.strip()]
-
-    def score(self, answers: Sequence[str], chosen: Sequence[int] | None = None) -> float:
-        """In per cent, of all rows or of the chosen ones."""
-        rows = range(len(answers)) if chosen is None else chosen
-        if self.task.score != "bleu":
-            return 100 * accuracy([answers[i].strip() for i in rows], [self.targets[i].strip() for i in rows])
-        most = max(len(self.references[i]) for i in rows)
-        # sacrebleu wants each reference's stream as long as the answers; a row with fewer has none there.
-        streams = [[_nth(self.references[i], number) for i in rows] for number in range(most)]
-        return float(BLEU().corpus_score([answers[i] for i in rows], streams).score)
-
-    def second(self, answers: Sequence[str]) -> float:
-        """Macro-F1 of labels, ROUGE-L of texts, in per cent."""
-        return 100 * (macro_f1 if self.task.classify else rouge_l)(answers, self.targets)
-
-    def _floor(self, train: Sequence[tuple[str, str]]) -> list[str]:
-        """Without a language model: naive Bayes, or the input itself."""
-        inputs = [row.input for row in self.rows]
-        return naive_bayes(train, inputs) if self.task.classify else inputs
-
-    def difference(self, ours: Sequence[str], theirs: Sequence[str]) -> tuple[float, float]:
-        """95 % interval of ours less theirs, by paired bootstrap over the rows (Koehn 2004)."""
-        drawn = random.Random(0)
-        number = len(self.rows)
-        count = RESAMPLES if self.task.score != "bleu" else RESAMPLES // 10
-        if self.task.score != "bleu":
-            right = [
-                (a.strip() == t.strip()) - (b.strip() == t.strip())
-                for a, b, t in zip(ours, theirs, self.targets, strict=True)
-            ]
-            found = sorted(100 * sum(drawn.choices(right, k=number)) / number for _ in range(count))
-        else:
-            found = []
-            for _ in range(count):
-                chosen = drawn.choices(range(number), k=number)
-                found.append(self.score(ours, chosen) - self.score(theirs, chosen))
-            found.sort()
-        return found[int(0.025 * count)], found[math.ceil(0.975 * count) - 1]
+def evaluation(task: StudyTask, rows: Sequence[Row], name: str, answers: Sequence[str]) -> Evaluation:
+    stripped = [answer.strip() for answer in answers]
+    labels = sorted({row.target for row in rows}) if task.classify else None
+    return Evaluation(name=name, rows=rows, answers=stripped, labels=labels)
 
 
-def _nth(references: Sequence[str], number: int) -> str | None:
-    return references[number] if number < len(references) else None
+def score(found: Evaluation, task: StudyTask) -> float:
+    """What decides, in per cent."""
+    value = found.scores[task.score]
+    return value if task.score == "bleu" else 100 * value
 
 
-def least_loss(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def least_loss(cells: Sequence[Cell]) -> Cell:
     """Chosen on the validation rows alone."""
     return min(cells, key=lambda cell: float(cell.get("validation_loss", math.inf)))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def read_cells(out: Path) -> dict[str, dict[str, list[Cell]]]:
+    """Those with answers, by task and method."""
+    found: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(out.glob("*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if "answers" in cell:
+            found[cell["task"]][cell["method"]].append(cell)
+    return found
 
 
 def main() -> None:
@@ -90,53 +57,45 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    by_task: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(arguments.out.glob("*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
-        if "answers" in cell:
-            by_task[cell["task"]][cell["method"]].append({**cell, "name": path.stem})
-    methods = sorted({method for found in by_task.values() for method in found})
-    fixed = [m for m in ("zero_shot", "few_shot") if m in methods]
-    ours = [m for m in methods if m not in (*fixed, *MODEL_CHANGING)]
-    columns = [*fixed, *ours, *(m for m in ("lora", "full") if m in methods)]
-    rows, second, ratios, costs = [], [], [], defaultdict(list)
-    for name in TASKS:
-        if name not in by_task:
+    cells = read_cells(arguments.out)
+    methods = {method for found in cells.values() for method in found}
+    ours = sorted(methods - {*TOLD, *MODEL_CHANGING})
+    columns = [*(m for m in TOLD if m in methods), *ours, *(m for m in MODEL_CHANGING if m in methods)]
+    rows, ratios, costs = [], [], defaultdict(list)
+    for name, task in TASKS.items():
+        if name not in cells:
             continue
-        scored, found = Scored(TASKS[name], arguments.data), by_task[name]
-        kept = {method: least_loss(found[method]) for method in columns if found.get(method)}
-        scores = {method: scored.score(cell["answers"]) for method, cell in kept.items()}
-        line = [name, scored.task.score, f"{scored.score(scored.floor):.1f}"]
-        line += [f"{scores[m]:.1f}" if m in scores else "" for m in columns]
+        test = read_rows(arguments.data / name / "test.jsonl", references=True)
+        train = [(row.input, row.target) for row in task.splits(arguments.data).train]
+        inputs = [row.input for row in test]
+        floor = naive_bayes(train, inputs) if task.classify else inputs
+        kept = {method: least_loss(cells[name][method]) for method in columns if cells[name].get(method)}
+        found = {method: evaluation(task, test, method, cell["answers"]) for method, cell in kept.items()}
+        line = [name, task.score, f"{score(evaluation(task, test, 'floor', floor), task):.1f}"]
+        line += [f"{score(found[m], task):.1f}" if m in found else "" for m in columns]
         mine = [kept[m] for m in ours if m in kept]
-        best = least_loss(mine) if mine else None
-        if best and "full" in kept:
-            low, high = scored.difference(best["answers"], kept["full"]["answers"])
-            ratio = scores[best["method"]] / scores["full"]
-            ratios.append(ratio)
-            line += [best["method"], f"{100 * ratio:.1f}", f"{low:+.1f} to {high:+.1f}"]
-        rows.append(line)
-        seconds = [f"{scored.second(kept[m]['answers']):.1f}" if m in kept else "" for m in columns]
-        second.append([name, f"{scored.second(scored.floor):.1f}", *seconds])
+        if mine and "full" in found:
+            best = least_loss(mine)["method"]
+            against = found[best].compare(found["full"], only=(task.score,))[task.score]
+            scale = 1 if task.score == "bleu" else 100
+            low, high = (scale * bound for bound in against.interval)
+            ratios.append(score(found[best], task) / score(found["full"], task))
+            line += [best, f"{100 * ratios[-1]:.1f}", f"{low:+.1f} to {high:+.1f}"]
+        rows.append(line + [""] * (3 + len(columns) + 3 - len(line)))
         for method, cell in kept.items():
             if "bytes" in cell:
                 costs[method].append((cell["bytes"], cell["train_seconds"], cell["steps"]))
     extra = ["best of ours", "% of full", "95 % of the difference"]
     print(table(["task", "score", "floor", *columns, *extra], rows))
     if ratios:
-        print(
-            f"\nBest of ours / full fine-tuning, mean over {len(ratios)} tasks: {100 * sum(ratios) / len(ratios):.1f} %"
-        )
-    print("\nMacro-F1 of labels, ROUGE-L of texts:\n")
-    print(table(["task", "floor", *columns], second))
-    middle: Callable[[Sequence[float]], float] = lambda values: sorted(values)[len(values) // 2]  # noqa: E731
+        print(f"\nBest of ours by full fine-tuning, mean of {len(ratios)} tasks: {100 * statistics.mean(ratios):.1f} %")
+    medians = [
+        [m, *(f"{statistics.median(cost[i] for cost in costs[m]):,.0f}" for i in range(3))]
+        for m in columns
+        if m in costs
+    ]
     print("\nMedian over the tasks:\n")
-    print(
-        table(
-            ["method", "bytes a task", "seconds of training", "steps"],
-            [[m, *(f"{middle([cost[i] for cost in costs[m]]):,.0f}" for i in range(3))] for m in columns if m in costs],
-        )
-    )
+    print(table(["method", "bytes a task", "seconds of training", "steps"], medians))
 
 
 if __name__ == "__main__":
