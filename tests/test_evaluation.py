@@ -67,6 +67,11 @@ def test_every_score_lies_in_its_interval_and_that_in_its_range() -> None:
         for name, (low, high) in intervals.items():
             most = 100 if name in ("bleu", "chrf") else 1
             assert 0 <= low <= found.scores[name] <= high <= most and low < high, name
+    near = [[math.log(p), math.log(1 - p)] for p in (0.9, 0.8, 0.7, 0.6) * 10]
+    right = Evaluation(name="x", rows=rows("a" * 40), answers=["a"] * 40, labels=["a", "b"], label_scores=near)
+    assert right.intervals()["ece"][0] >= 0.0 and right.intervals()["accuracy"] == (1.0, 1.0)
+    spread = judged().intervals()["ece"]
+    assert spread[0] == 0.0 and spread[1] <= 1.0, "the basic interval of few rows would go below"
     assert of_labels().intervals(1) != of_labels().intervals(0) == of_labels().intervals(0)
 
 

@@ -89,7 +89,7 @@ def spelt(text: str) -> str:
 
 def evaluation(answers: list[str], targets: list[str], labels: list[str] | None = None, **more: Any) -> Evaluation:
     rows = [Row(f"{target} in", target, f"<b>.jsonl:{i}") for i, target in enumerate(targets)]
-    return Evaluation(name="mood:<7>", rows=rows, answers=answers, labels=labels, **more)
+    return Evaluation(name="mood:<b>7</b>", rows=rows, answers=answers, labels=labels, **more)
 
 
 CURVE = [{"step": 10 * i, "train_loss": 3 / i, "validation_loss": 3.2 / i} for i in range(1, 8)]
@@ -97,7 +97,7 @@ CURVE = [{"step": 10 * i, "train_loss": 3 / i, "validation_loss": 3.2 / i} for i
 
 def page(found: Evaluation, against: Evaluation | None = None, **more: Any) -> Page:
     wrong = found.wrong()
-    records = found.records(wrong[:MAX_WRONG])
+    records = found.records(wrong)
     if against is not None:
         records = [record | {"against": against.answers[record["row"] - 1]} for record in records]
         compared = {name: difference.as_dict() for name, difference in found.compare(against).items()}
@@ -120,6 +120,7 @@ def test_hostile_text_stays_text() -> None:
         for text in HOSTILE:
             assert spelt(text) in shown.text, text
         assert "script" not in shown.tags and shown.tags.count("h1") == 1 and shown.tags.count("style") == 1
+        assert "mood:<b>7</b>" in shown.text
     raw = render(Report(title=HOSTILE[0], facts={}, evaluation=found.summary()))
     assert not [text for text in HOSTILE if text[0] in "<\"'" and text in raw]
     assert not set(raw) & {"\0", "\x1b", "\u202e", "\u2066", "\ufffe"}
@@ -166,7 +167,7 @@ def test_what_there_is_not_is_left_out() -> None:
         [{"step": 10**400, "train_loss": 1.0}, {"step": 1e300, "train_loss": 1}],
         [{"step": "<script>", "train_loss": "<script>"}],
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_a_curve_that_is_none_is_not_drawn(curve: Any) -> None:
     """A manifest is what anybody uploads."""

@@ -45,6 +45,7 @@ def test_a_finished_job_has_a_page(jobs: Jobs) -> None:
     ):
         assert told in page.text, told
     assert f"{job['metrics']['soft_prompt']['accuracy']:.4f} [" in page.text
+    assert '<th class="number" scope="col">mood:1</th>' in reply.text, "by the version's name"
     assert "Wrong answers" not in page.text and "row 1" not in page.text, "rows are not kept"
     [path] = jobs.folder(job).glob("evaluation.json")
     for damage in (b"{", b"[]"):
