@@ -23,7 +23,7 @@ from tests.api_harness import events, read_stream, wait_until
 from tests.load_harness import BASE, Reply, ask, tensors
 from tests.tiny import save_tiny
 
-DRAIN_TIMEOUT = 6.0
+DRAIN_TIMEOUT = 10.0
 NUM_LONG = 6
 ROWS = 80
 LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True, "stream": True}  # six outlive the drain
