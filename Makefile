@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 CLIENTS ?= .venv-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model run test test-long test-clients check format train bench gpu-check docker-check deploy-check ci clean
+.PHONY: help setup model run test test-long test-guides test-clients check format train bench gpu-check docker-check deploy-check ci clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup model ## Run the tests, in two processes
 
 test-long: setup model ## Run what takes minutes to hours; K=swaps only those whose names have it
 	$(BIN)/python -m pytest -m long -s --timeout 0 $(if $(K),-k '$(K)')
+
+test-guides: setup model ## Run the commands of docs/guides, each guide on a server of its own
+	$(BIN)/python -m pytest -m guides --timeout 0
 
 test-clients: setup model $(CLIENTS)/.installed ## Ask a real server with clients that others wrote; K=chat only some
 	SOFTPROMPT_BIN=$(abspath $(BIN))/softprompt $(CLIENTS)/bin/python -m pytest tests/clients $(if $(K),-k '$(K)')

@@ -13,8 +13,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import InvalidSettings
 from app.setting_sources import DEFAULT, PREFIX, Collected, Source, collect, nearest
+from app.urls import without_password
 
 SECRETS = ("api_key", "database")  # never repeated, not even where they are wrong
+URLS = ("url", "otlp_endpoint")
 
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -35,8 +37,9 @@ def _sendable(secret: SecretStr) -> SecretStr:
 def _web_address(url: str) -> str:
     try:
         found = urlsplit(url)
-    except ValueError as error:
-        raise ValueError(f"no URL: {error}") from None
+        found.port  # noqa: B018  # raises where it is no number
+    except ValueError:  # its message may quote a password
+        raise ValueError("no URL") from None
     if found.scheme not in ("http", "https") or not found.hostname:
         raise ValueError("must begin with http:// or https:// and name a host")
     return url
@@ -202,7 +205,7 @@ def describe(settings: Settings, sources: Mapping[str, Source]) -> dict[str, dic
     """Every setting as JSON has it, with where it comes from; secrets hidden."""
     values = settings.model_dump(mode="json")
     return {
-        name: {"value": values[name], "source": source.kind, "name": source.name or None}
+        name: {"value": _shown(name, values[name]), "source": source.kind, "name": source.name or None}
         for name, source in sources.items()
     }
 
@@ -216,5 +219,13 @@ def _line(problem: Any, found: Collected) -> str:
     source = found.sources.get(field, DEFAULT)
     name = (source.name or PREFIX + field.upper()) + " in .env" * (source.kind == ".env")
     reason = problem["msg"][:1].lower() + problem["msg"][1:]
-    given_as = "set" if field in SECRETS else repr(problem["input"])
+    given_as = "set" if field in SECRETS else repr(_shown(field, problem["input"]))
     return f"{name} is {given_as}: {reason}"
+
+
+def _shown(field: str, value: Any) -> Any:
+    """Without the passwords of URLs."""
+    if isinstance(value, list | tuple):
+        return [_shown(field, item) for item in value]
+    is_url = isinstance(value, str) and (field in URLS or "://" in value)
+    return without_password(value) if is_url else value

@@ -181,23 +181,38 @@ def _native(settings: Settings) -> Iterator[Check]:
 
 
 def _keys(settings: Settings) -> Iterator[Check]:
+    from app.api.hosts import is_loopback
+
+    count = _count_keys(settings) + (settings.api_key is not None)
+    if count or is_loopback(settings.host):
+        yield Check("keys", "ok", f"there are {count}" if count else "none: open to this machine until the first one")
+        return
+    advice = "make one with `softprompt keys create`, or listen on 127.0.0.1"
+    found = f"{settings.host} is reachable by others, and there is no key"
+    if settings.insecure:
+        yield Check("keys", "warning", f"{found}, as SOFTPROMPT_INSECURE wants it", advice)
+    else:
+        yield Check("keys", "failed", found, advice)
+
+
+def _count_keys(settings: Settings) -> int:
+    """Expired and revoked ones among them: they close a server too. Nothing is made or brought up to date."""
     import sqlalchemy
 
+    from app.access import tables
     from app.access.database import Database
-    from app.api.hosts import is_loopback
 
     database = Database.of(settings)
     try:
-        there = database.exists
-        if there:
-            with database.reading() as connection:
-                connection.execute(sqlalchemy.select(1))
+        if not database.exists:
+            return 0
+        with database.reading() as connection:
+            if not sqlalchemy.inspect(connection).has_table(tables.keys.name):
+                return 0
+            count = connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(tables.keys))
+            return int(count.scalar_one())
     finally:
         database.close()
-    yield Check("keys", "ok", "the database answers" if there else "no database yet: open until the first key")
-    if not there and settings.api_key is None and not settings.insecure and not is_loopback(settings.host):
-        advice = "make one with `softprompt keys create`, or listen on 127.0.0.1"
-        yield Check("keys", "failed", f"{settings.host} is reachable by others, and there is no key", advice)
 
 
 def _port(settings: Settings) -> Iterator[Check]:
@@ -215,6 +230,9 @@ def _registry(settings: Settings) -> Iterator[Check]:
     from app.registry import Registry, Store
     from app.soft_prompt import BaseInfo
 
+    if not settings.registry.exists():
+        yield Check("registry", "ok", f"no folder {settings.registry} yet: the first start makes it")
+        return
     # The base is for uploads and for loading, which comes later.
     registry = Registry(Store(settings.registry), BaseInfo("", "", "", 0, 0, 0, 0, 0, 0))
     versions = [version for task in registry.tasks() for version in task.versions.values()]
@@ -235,24 +253,13 @@ def _registry(settings: Settings) -> Iterator[Check]:
 
 
 def _model(settings: Settings) -> Iterator[Check]:
-    import torch
-
-    from app.base_model import load_base_model
-    from app.local_engine import local_engine
+    from app.local_engine import load_base, local_engine
     from app.model_source import is_here
 
     if not is_here(settings.model, cache_dir=settings.cache_dir):
         yield Check("model", "warning", f"{settings.model} is not here yet", "fetch it: softprompt model pull")
         return
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    base = load_base_model(
-        settings.model,
-        cache_dir=settings.cache_dir,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-    )
+    base = load_base(settings)
     yield Check("model", "ok", f"{base.info.name}, {base.info.architecture}, {base.info.fingerprint[:19]}")
     engine = local_engine(settings, base)
     engine.start()  # holds itself to the model's own forward
@@ -268,8 +275,11 @@ async def _generation(settings: Settings, base: Any, engine: Any) -> Check:
     from app.engine import SamplingParams
     from app.registry import Registry, Store
 
-    registry, prompt, behind = Registry(Store(settings.registry), base.info), None, "no prompt"
-    for task in registry.tasks():
+    prompt, behind, tasks = None, "no prompt", []
+    if settings.registry.exists():
+        registry = Registry(Store(settings.registry), base.info)
+        tasks = registry.tasks()
+    for task in tasks:
         reference = f"{task.name}:{max(task.versions)}"
         try:
             prompt, behind = registry.pin(reference).prompt, reference
@@ -278,11 +288,14 @@ async def _generation(settings: Settings, base: Any, engine: Any) -> Check:
         except SoftpromptError:
             prompt, behind = None, "no prompt that fits this base model"
     token_ids = base.tokenizer("The weather today is")["input_ids"]
+    begun = time.perf_counter()
     times = []
     async for _ in engine.generate(prompt, token_ids, SamplingParams(max_tokens=NEW_TOKENS)):
         times.append(time.perf_counter())
-    speed = (len(times) - 1) / (times[-1] - times[0])
-    return Check("generation", "ok", f"{len(times)} tokens behind {behind}, {speed:.0f} tokens/s")
+    # The first token also reads the text; of an answer that ends there, it is all there is to time.
+    counted, since = (len(times) - 1, times[0]) if len(times) > 1 else (len(times), begun)
+    speed = f", {counted / (times[-1] - since):.0f} tokens/s" if times else ""
+    return Check("generation", "ok", f"{len(times)} tokens behind {behind}{speed}")
 
 
 def _read(path: str) -> str:

@@ -1,10 +1,25 @@
-"""The engine as the settings describe it; the engine itself knows of no settings."""
+"""The base model and the engine as the settings describe them; they themselves know of no settings."""
 
 from __future__ import annotations
 
-from app.base_model import BaseModel
+import torch
+
+from app.base_model import BaseModel, load_base_model
 from app.config import Settings
 from app.engine.local import LocalEngine
+
+
+def load_base(settings: Settings) -> BaseModel:
+    """Also limits torch's threads, where the settings do. Raises InvalidBaseModel."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return load_base_model(
+        settings.model,
+        cache_dir=settings.cache_dir,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+    )
 
 
 def local_engine(settings: Settings, base: BaseModel) -> LocalEngine:

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any, TypedDict
 
 import anyio.to_thread
-import torch
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
@@ -33,13 +32,13 @@ from app.api.schemas import Problem
 from app.api.server import Server, bind
 from app.api.settle import SettleMiddleware
 from app.api.tracing import Tracing
-from app.base_model import BaseModel, load_base_model
+from app.base_model import BaseModel
 from app.config import Settings
 from app.constraint import ConstraintCompiler
 from app.engine import Engine
 from app.errors import EngineFailed, InvalidSettings
 from app.jobs import FileStore, JobStore, Parts, Publisher, Supervisor
-from app.local_engine import local_engine
+from app.local_engine import load_base, local_engine
 from app.registry import Registry, Store
 
 log = logging.getLogger(__name__)
@@ -177,15 +176,7 @@ def serve(settings: Settings) -> None:
     _check_exposure(settings, access)
     tracing = Tracing.of(settings)
     listener = bind(settings.host, settings.port, stall_timeout=settings.send_timeout)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    base = load_base_model(
-        settings.model,
-        cache_dir=settings.cache_dir,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-    )
+    base = load_base(settings)
     registry = Registry(Store(settings.registry), base.info)
     engine = local_engine(settings, base)
     engine.start()

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from app.access import Access, AuditEntry, Database, KeyStore, Limits
 from app.access.audit import write_audit
-from app.cli import keys, main
+from app.cli import main
 from app.config import Settings
-from app.errors import InvalidRequest
+from app.errors import ReferenceNotFound
 
 runner = CliRunner()
 
@@ -22,7 +22,6 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
-    monkeypatch.setattr(keys.out, "width", 200)  # it was made when the environment was another
     return tmp_path / "prompts"
 
 
@@ -36,7 +35,7 @@ def read(*arguments: str) -> Any:
 
 def test_before_the_first_key(registry: Path) -> None:
     assert read("list") == [] and read("audit") == []
-    with pytest.raises(InvalidRequest, match="no key of this id"):
+    with pytest.raises(ReferenceNotFound, match="no key of this id"):
         invoke("revoke", "key_1")
     assert not registry.exists()
 
@@ -84,24 +83,24 @@ def test_the_terminal_obeys_nothing_in_the_audit_log(registry: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["create", "k", "--scope", "root"], "scope: one or more of"),
-        (["create", "k", "--expires", "soon"], "a number and a unit"),
-        (["create", "k", "--expires", "0d"], "a number and a unit"),
-        (["create", "k", "--expires", "999999999w"], "hundred years"),
-        (["create", "k", "--rpm", "0"], "requests_per_minute"),
-        (["create", ""], "name"),
-        (["revoke", "key_none"], "no key"),
+        (["create", "k", "--scope", "root"], 2, "scope: one or more of"),
+        (["create", "k", "--expires", "soon"], 2, "a number and a unit"),
+        (["create", "k", "--expires", "0d"], 2, "a number and a unit"),
+        (["create", "k", "--expires", "999999999w"], 2, "hundred years"),
+        (["create", "k", "--rpm", "0"], 2, "requests_per_minute"),
+        (["create", ""], 2, "name"),
+        (["revoke", "key_none"], 4, "no key"),
     ],
 )
 def test_errors_are_one_readable_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["softprompt", "keys", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main.main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == code
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told
     assert read("list") == []

@@ -250,7 +250,7 @@ def test_nobody_listens_beyond_loopback_without_a_key(tmp_path: Path, host: str)
 def test_serve_refuses_before_it_loads_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app import main
 
-    monkeypatch.setattr(main, "load_base_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(main, "load_base", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(InvalidSettings, match="there is no key"):
         main.serve(Settings(registry=tmp_path, host="0.0.0.0", port=0))
 

@@ -201,7 +201,7 @@ def test_without_the_libraries_the_start_says_what_is_missing(tmp_path: Path, mo
     monkeypatch.setenv(VARIABLES[0], "http://127.0.0.1:2")
     with pytest.raises(InvalidSettings, match=VARIABLES[0]):
         tracing()
-    monkeypatch.setattr("app.main.load_base_model", lambda *_, **__: pytest.fail("it is said before the model is read"))
+    monkeypatch.setattr("app.main.load_base", lambda *_, **__: pytest.fail("it is said before the model is read"))
     with pytest.raises(InvalidSettings, match=VARIABLES[0]):
         serve(Settings(registry=tmp_path, port=0))
 

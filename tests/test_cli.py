@@ -181,9 +181,10 @@ def test_model_show_is_json(home: Path) -> None:
     [
         (["eval", "nothing", "--data", "DATA/test.jsonl"], 4, "not"),
         (["train", "mood", "--data", "DATA/missing"], 1, "neither a file nor a folder"),
-        (["train", "Bad Name", "--data", "DATA", *TRAIN], 1, "name"),
-        (["train", "mood", "--data", "DATA", "--steps", "0"], 1, "max_steps"),
-        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], 1, "{input}"),
+        (["train", "Bad Name", "--data", "DATA", *TRAIN], 2, "name"),
+        (["train", "mood", "--data", "DATA", "--steps", "0"], 2, "max_steps"),
+        (["train", "mood", "--data", "DATA", "--learning-rate", "nan"], 2, "learning_rate"),
+        (["train", "mood", "--data", "DATA", "--template", "no placeholder"], 2, "{input}"),
     ],
 )
 def test_errors_are_one_readable_line(home: Path, arguments: list[str], code: int, message: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+import typer
+from filelock import FileLock, Timeout
 
 from app.cli import batch
-from app.cli.rows import AnswerFile, PrintedAnswers, read_rows
+from app.cli.answers import AnswerFile, PrintedAnswers
+from app.cli.rows import Row, read_rows
 from app.errors import EngineFailed, Overloaded
 from tests.api_harness import Harness
 from tests.cli_harness import run
@@ -197,7 +200,11 @@ def test_refusals(rows: Path, tmp_path: Path) -> None:
     before = out.read_bytes()
     for options in (["--task", "topic"], ["--task", "mood", "--max-tokens", 2], ["--task", "mood", "--classify"]):
         assert "answers something else in line 1" in run("batch", rows, out, *options, expect=2).err
-    assert "is not the output of a batch" in run("batch", rows, rows, "--task", "mood", expect=2).err
+    other = write_rows(tmp_path / "other", {"input": "a"})
+    for wrong, what in ((other, "is not the output of a batch"), (rows, "same file"), ("/dev/null", "no file")):
+        assert what in run("batch", rows, wrong, "--task", "mood", expect=2).err
+    assert "is one task" in run("batch", rows, out, "--task", "mood,topic", expect=2).err
+    assert run("batch", rows, out, "--task", "mood", "--temperature", "nan", expect=2).err.startswith("error (usage)")
     with FileLock(tmp_path / ".out.lock"):
         assert "another batch writes" in run("batch", rows, out, "--task", "mood", expect=2).err
     for options in (["--classify", "--seed", 1], ["--label", "x"], ["--concurrency", 0]):
@@ -209,8 +216,119 @@ def test_refusals(rows: Path, tmp_path: Path) -> None:
     assert {row["version"] for row in read(out)} == {"topic:1"}
 
 
+def test_restart_throws_nothing_away_before_there_is_an_answer(harness: Harness, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("batch", rows, out, "--task", "mood")
+    before = out.read_bytes()
+    given = rows.read_bytes()
+    (tmp_path / "link").symlink_to(rows)
+    for wrong in (rows, tmp_path / "link"):
+        assert "same file" in run("batch", rows, wrong, "--task", "mood", "--restart", expect=2).err
+    run("batch", tmp_path / "none", out, "--task", "mood", "--restart", expect=1)
+    run("batch", rows, out, "--task", "nothing", "--restart", expect=4)
+    harness.engine.refuse = (len(harness.engine.calls), Overloaded("full"))
+    run("batch", rows, out, "--task", "topic", "--restart", expect=8)
+    assert out.read_bytes() == before and rows.read_bytes() == given
+    harness.engine.refuse = (len(harness.engine.calls) + 1, Overloaded("full"))
+    run("batch", rows, out, "--task", "topic", "--restart", "--concurrency", 1, expect=8)
+    assert [row["version"] for row in read(out)] == ["topic:1"]
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize("foreign", [b"notes of mine", b'{"line', b'{"lines": 3, "x', b"\xff\x00"])
+def test_an_unterminated_line_of_somebody_else_stays(rows: Path, tmp_path: Path, foreign: bytes) -> None:
+    out = tmp_path / "out"
+    run("batch", rows, out, "--task", "mood")
+    for kept in (b"", out.read_bytes()):
+        out.write_bytes(kept + foreign)
+        ours = b'{"line": '.startswith(foreign)
+        done = run("batch", rows, out, "--task", "mood", expect=0 if ours else 2)
+        assert ours or ("is not the output of a batch" in done.err and out.read_bytes() == kept + foreign)
+
+
+@pytest.mark.usefixtures("harness")
+def test_a_run_that_is_refused_mends_nothing(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("batch", rows, out, "--task", "mood")
+    out.write_bytes(out.read_bytes() + b'{"line": 4, "outp')
+    before = out.read_bytes()
+    run("batch", rows, out, "--task", "topic", expect=2)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize("out", ["out", "-"])
+def test_half_a_surrogate_pair_is_a_row_that_fails(tmp_path: Path, out: str) -> None:
+    rows = tmp_path / "rows"
+    lines = [
+        r'{"input": "\ud800"}',
+        r'{"input": "a", "id": "\udfff"}',
+        r'{"input": "a", "task": "\ud800"}',
+        "[" * 100_000,
+        '{"input": "b"}',
+    ]
+    rows.write_text("\n".join(lines))
+    done = run("batch", rows, out if out == "-" else tmp_path / out, "--task", "mood", expect=6)
+    found = done.documents if out == "-" else read(tmp_path / out)
+    codes = [row.get("error", {}).get("code") for row in found]
+    assert codes == ["invalid_row", None, "invalid_row", "invalid_row", None]
+    assert found[1]["id"] == "\udfff" and "surrogate" in found[0]["error"]["message"]
+
+
+@pytest.mark.usefixtures("harness")
+def test_a_row_that_failed_may_be_mended_or_taken_out(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    write_rows(rows, {"input": "a"}, {"input": 3}, {"input": "c"}, {"input": 4})
+    run("batch", rows, out, "--task", "mood", expect=6)
+    write_rows(rows, {"input": "a"}, {"input": "three"}, {"input": "c"})
+    assert run("batch", rows, out, "--task", "mood", "--json").document["answered_before"] == 2
+    assert [(row["line"], row["output"]) for row in read(out)] == [(line, ANSWER) for line in (1, 2, 3)]
+
+
+@pytest.mark.usefixtures("harness")
+def test_answers_to_rows_that_are_gone_are_not_thrown_away(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("batch", rows, out, "--task", "mood")
+    before = out.read_bytes()
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    assert "has an answer to line 5, where IN has no row" in run("batch", rows, out, "--task", "mood", expect=2).err
+    assert out.read_bytes() == before
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize("options", [(), ("--restart",)])
+def test_the_file_keeps_its_mode_and_a_link_to_it_stays_one(
+    rows: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    kept, link = tmp_path / "kept", tmp_path / "link"
+    kept.touch()
+    kept.chmod(0o640)
+    link.symlink_to(kept)
+    run("batch", rows, link, "--task", "mood", *options)
+    assert link.is_symlink() and len(read(kept)) == 12 and kept.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "link", "rows.jsonl"]
+
+
+def test_the_lock_loses_its_name_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a second batch could hold it when the name goes, and a third would find none and be let in."""
+    unlink, removed = os.unlink, []
+
+    def checked(path: Any, **options: Any) -> None:
+        if str(path).endswith(".lock"):
+            with pytest.raises(Timeout):
+                FileLock(path).acquire(timeout=0)
+            removed.append(path)
+        unlink(path, **options)
+
+    monkeypatch.setattr("os.unlink", checked)
+    with AnswerFile(tmp_path / "out"), pytest.raises(typer.BadParameter, match="another batch"):
+        AnswerFile(tmp_path / "out")
+    assert len(removed) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_printed_answers_wait_for_those_before(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = PrintedAnswers([1, 3, 4])
+    answers = PrintedAnswers()
+    assert answers.begin(Row(line, "key") for line in (1, 3, 4)) == (3, 0)
     for line in (4, 1):
         answers.add({"line": line})
     assert capsys.readouterr().out == '{"line": 1}\n'
@@ -238,7 +356,7 @@ def test_no_more_rows_are_read_than_are_asked() -> None:
 
         async def __aexit__(self, *_: object) -> None: ...
 
-    job = batch._Run(Client(), Stopping([]), classify=False)  # type: ignore[arg-type]
+    job = batch._Run(Client(), Stopping(), classify=False)  # type: ignore[arg-type]
     job._ask = lambda row: asyncio.sleep(0, {"line": row.line})  # type: ignore[method-assign]
     with pytest.raises(OSError, match="full"):
         asyncio.run(job.ask_all(read_rows(lines(), lambda row: row), 3, lambda: None))

@@ -108,7 +108,7 @@ def test_colour_is_for_terminals_and_not_for_those_who_decline(no_color: str) ->
 def test_the_shell_is_told_how_to_complete() -> None:
     environment = os.environ | {
         "_SOFTPROMPT_COMPLETE": "complete_bash",
-        "COMP_WORDS": "softprompt ro",
+        "COMP_WORDS": "softprompt\nro",
         "COMP_CWORD": "1",
     }
     process = subprocess.run(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +19,14 @@ from typing import Any
 import pytest
 
 from app.cli import ask, output
+from app.cli.completion import join_words
 from app.cli.server import complete_reference
 from app.client import AsyncClient, Client, DigestMismatch, NotFound
 from app.errors import EngineFailed, Overloaded
 from tests.access_harness import KeyedHarness
 from tests.api_harness import Harness, files
 from tests.cli_harness import Terminal, run
+from tests.shipped import ROOT
 
 ANSWER = " positive review"
 BASE = "tiny-llama"
@@ -61,6 +69,10 @@ def test_generate() -> None:
     assert "".join(piece["text"] for piece in pieces) == ANSWER and len(pieces) > 1 and "usage" in last
     assert run("generate", "mood,topic", "a film").out == ANSWER + "\n"
     assert run("generate", "mood,topic", "a film", "--json").document["members"][1]["task"] == "topic"
+    assert run("generate", "mood", "a film", "--n", 2).out == f"{ANSWER}\n" * 2
+    assert "--json" in run("generate", "mood", "a film", "--n", 2, "--stream", expect=2).err
+    several = run("generate", "mood", "a film", "--n", 2, "--stream", "--json").documents
+    assert {event["index"] for event in several if "index" in event} == {0, 1}
     assert run("generate", BASE, "a film", "--json").document["task"] is None
 
 
@@ -72,6 +84,11 @@ def test_the_options_of_generate_arrive(harness: Harness) -> None:
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (3, 0.5, 0.9, 7)
     assert run("generate", "mood", "x", "--temperature", -1, expect=1).err.startswith("error (invalid_request): ")
     assert run("generate", "mood", "x", "--deadline", 0, expect=2).out == ""
+    for option in ("--temperature", "--top-p", "--deadline"):
+        for value in ("nan", "inf", "-inf"):
+            told = run("generate", "mood", "x", f"{option}={value}", expect=2).err
+            assert told.startswith("error (usage): ") and option in told
+    assert run("bench", "mood", "--duration", "nan", expect=2).out == ""
 
 
 def test_the_input_of_generate(harness: Harness) -> None:
@@ -122,7 +139,9 @@ def test_list_and_show() -> None:
     assert run("show", "mood@latest", "--json").document["reference"] == "mood:2"
     assert "PROMPT_TUNING" in run("show", "mood:1").out and "Moods.\\x1b[31m" in run("show", "mood:1").out
     assert run("show", "mood:9", "--json", expect=4).error["status"] == 404
-    assert run("show", BASE, expect=3).err.endswith("is the base model and has no versions\n")
+    for command in ("show", "inspect"):
+        assert run(command, BASE, "--json", expect=4).error["code"] == "not_found"
+    assert run("show", BASE, expect=4).err.endswith("is the base model and has no versions\n")
     assert run("list", "--deleted", expect=2).out == ""
 
 
@@ -174,10 +193,19 @@ def test_aliases() -> None:
     assert run("alias", "remove", "mood", "prod", "--json").document["deleted"] is True
     assert run("alias", "show", "mood", "prod", expect=4).out == ""
     assert run("alias", "set", "mood", "prod", 99, expect=4).out == ""
-    for target in (["1=x"], ["1", "2"], ["1=0.5", "1=0.5"], ["one"]):
+    run("alias", "set", "mood", "prod", 1)
+    for target in (
+        *(["1=x"], ["1", "2"], ["1=0.5", "1=0.5"], ["1=0.5", "01=0.5"], ["one"], ["+1"], ["0"], ["1_0"]),
+        *(["2=0.1"], ["1=0.9", "2=0.2"], ["1=90", "2=10"], ["1=1", "2=0"], ["1=1.5", "2=-0.5"], ["1=nan", "2=0.5"]),
+    ):
         assert run("alias", "set", "mood", "prod", *target, expect=2).err.startswith("error (usage): ")
+    assert "sum to 0.1" in run("alias", "set", "mood", "prod", "2=0.1", expect=2).err
+    assert "--new" in run("alias", "set", "mood", "prod", 2, "--new", "--if-match", '"1"', expect=2).err
+    assert run("alias", "show", "mood", "prod", "--json").document["version"] == 1
+    assert run("alias", "set", "mood", "prod", "1=0.333333", "2=0.666667").code == 0
+    run("alias", "remove", "mood", "prod")
     changes = run("history", "mood", "--json", "--limit", 2).document
-    assert [change["op"] for change in changes] == ["remove_alias", "roll_back_alias"]
+    assert [change["op"] for change in changes] == ["remove_alias", "split_alias"]
     assert "split_alias" in run("history", "mood").out
 
 
@@ -255,6 +283,9 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (["--url", "nowhere"], ["--api-key", "short"]):
         error = run("list", *wrong, "--json", expect=2).error
         assert error["code"] == "invalid_settings" and "short" not in error["message"]
+    for wrong in ("me:sesame@nowhere", "http://me:sesame@nowhere:port", "http://me:ses@me@nowhere:99999999"):
+        message = run("list", "--url", wrong, "--json", expect=2).error["message"]
+        assert "***@nowhere" in message and "ses" not in message.replace("addresses", "")
 
 
 def test_a_server_of_another_kind() -> None:
@@ -294,6 +325,65 @@ def test_names_are_completed_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch
     assert complete_reference("nope@") == []
     monkeypatch.setenv("SOFTPROMPT_URL", "nonsense")
     assert complete_reference("mo") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "joined", "before"),
+    [
+        (["softprompt", "show", "mo"], ["softprompt", "show", "mo"], 0),
+        (["softprompt", "show", ""], ["softprompt", "show", ""], 0),
+        (["softprompt", "show", "mood", ":", "2"], ["softprompt", "show", "mood:2"], 5),
+        (["softprompt", "show", "mood", ":"], ["softprompt", "show", "mood:"], 5),
+        (["softprompt", "show", "mood", "@", "la"], ["softprompt", "show", "mood@la"], 4),
+        (["softprompt", "batch", "a", "--task", "=", "mo"], ["softprompt", "batch", "a", "--task=mo"], 0),
+        (["softprompt", "batch", "--task", "=", "mood", ":", "2"], ["softprompt", "batch", "--task=mood:2"], 5),
+        (["softprompt", "show", "mood:2"], ["softprompt", "show", "mood:2"], 0),
+    ],
+)
+def test_words_of_bash_are_arguments_again(words: list[str], joined: list[str], before: int) -> None:
+    environment = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    assert join_words(environment) == before
+    assert environment["COMP_WORDS"].split("\n") == joined and environment["COMP_CWORD"] == str(len(joined) - 1)
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_behind_its_own_breaks(tmp_path: Path) -> None:
+    """In an interactive bash, for what readline replaces nobody else knows; the command is printed, not run."""
+    start = "import sys; sys.argv[0] = 'softprompt'; from app.cli import main; main.main()"
+    program = tmp_path / "softprompt"
+    program.write_text(
+        f"""#!/bin/sh
+[ "$_SOFTPROMPT_COMPLETE" ] || {{ echo "<$*>"; exit; }}
+exec {sys.executable} -c "{start}"
+"""
+    )
+    program.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}", "TERM": "dumb"}
+    source = environment | {"_SOFTPROMPT_COMPLETE": "source_bash"}
+    script = subprocess.run([sys.executable, "-c", start], env=source, capture_output=True, check=True).stdout
+    (tmp_path / "script").write_bytes(script)
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        env=environment,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+    ) as bash:
+        typed = ("show mood@la\t", "show topic:\t", "batch a b --task=topic@\t", "batch a b --task mo\t")
+        os.write(ours, f"source {tmp_path / 'script'}\n".encode())
+        shown = ""
+        for count, line in enumerate(typed, 1):
+            os.write(ours, f"softprompt {line}\n".encode())
+            while shown.count(">") < count:
+                shown += os.read(ours, 4096).decode()
+        os.write(ours, b"exit\n")
+        bash.wait(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert re.findall("<(.*)>", shown) == [
+        *("show mood@latest", "show topic:1", "batch a b --task=topic@latest", "batch a b --task mood")
+    ]
 
 
 def test_a_conversation(harness: Harness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

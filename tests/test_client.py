@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -33,6 +37,9 @@ from app.client import (
     Unavailable,
     results,
 )
+from app.client.folder import write_folder
+from app.urls import without_password
+from tests.shipped import ROOT
 
 Step = httpx.Response | Exception
 USAGE = {
@@ -173,6 +180,8 @@ def test_the_longest_wait_holds(slept: list[float]) -> None:
     assert max(slept) <= 4
 
 
+FOLDER = ROOT / "prompts" / "sentiment_mixed" / "versions" / "1"
+
 CHANGES: list[Callable[[Client], Any]] = [
     lambda c: c.set_alias("mood", "prod", version=2, etag='"1"'),
     lambda c: c.remove_alias("mood", "prod", etag='"1"'),
@@ -180,6 +189,7 @@ CHANGES: list[Callable[[Client], Any]] = [
     lambda c: c.delete_version("mood", 1),
     lambda c: c.delete_task("mood"),
     lambda c: c.restore("mood", 1),
+    lambda c: c.push("mood", FOLDER),
 ]
 
 
@@ -393,6 +403,100 @@ def test_the_key_is_sent_and_never_shown() -> None:
 def test_a_wrong_address_is_refused_when_it_is_given(url: str) -> None:
     with pytest.raises(ValueError, match="URL"):
         Client(url)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-\x1bsecret", "sk-s\u00e9cret", "", "sk secret"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="API key") as caught:
+            kind("http://test", api_key=key)
+        assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        httpx.Response(200, text="<html>"),
+        httpx.Response(302, headers={"Location": "/login"}),
+        httpx.ConnectError("refused"),
+        httpx.ReadTimeout(""),
+        httpx.RemoteProtocolError("gone"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", [Client.info, lambda c: c.stream("mood", "hi").__enter__()], ids=["call", "stream"])
+def test_a_password_in_the_address_is_in_no_message(step: Step, call: Callable[[Client], Any]) -> None:
+    script = Script(step)
+    with pytest.raises(ClientError) as caught:
+        call(Client("http://me:sesame@test:81/api", transport=script, retries=Retries(most=0)))
+    assert "http://***@test:81" in caught.value.message and "sesame" not in caught.value.message
+
+
+@pytest.mark.parametrize("url", ["me:sesame@test", "http://me:sesame@test:x", "http://me:sesame@", "ftp://a:sesame@b"])
+def test_nor_is_it_where_the_address_is_wrong(url: str) -> None:
+    with pytest.raises(ValueError, match=r"\*\*\*@.*URL") as caught:
+        Client(url)
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://host:80/v1?a=b#c", "http://host:80/v1?a=b#c"),
+        ("http://me:pass@host/v1", "http://***@host/v1"),
+        ("http://me:p/a?s#s@w@host", "http://***@host"),
+        ("me:pass@host", "***@host"),
+    ],
+)
+def test_urls_as_they_are_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+def test_a_connection_is_used_again_after_a_stream() -> None:
+    """The end of the body comes a moment after `[DONE]`, as behind a proxy."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ends: list[int] = []
+
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            while received := connection.recv(65_536):
+                if not received.endswith(b"}"):  # the head, before its body
+                    continue
+                connection.sendall(head + b"%x\r\n%b\r\n" % (len(WHOLE), WHOLE))
+                time.sleep(0.02)
+                connection.sendall(b"0\r\n\r\n")
+                ends.append(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=1, retries=Retries(most=0)) as asked:
+            for _ in range(2):
+                with asked.stream("mood", "hi") as stream:
+                    assert len(list(stream)) == 3
+        thread.join()
+    assert len(ends) == 2
+
+
+@pytest.mark.parametrize("end", [httpx.RemoteProtocolError("gone"), httpx.ReadTimeout("")])
+def test_an_answer_that_is_whole_is_one_however_its_connection_ends(end: httpx.RequestError) -> None:
+    end.request = httpx.Request("POST", "http://test")
+    asked, _ = client(streamed(WHOLE, 16, end)[0])
+    with asked.stream("mood", "hi") as stream:
+        assert len(list(stream)) == 3
+    assert len(asyncio.run(read_async(Script(streamed(WHOLE, 16, end)[0])))) == 3
+
+
+def test_a_folder_is_written_with_the_modes_of_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The umask is the whole process's: to look at it by setting it changes what other threads make meanwhile."""
+    monkeypatch.setattr("os.umask", lambda _: pytest.fail("the umask was changed"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    write_folder(tmp_path / "out", {"file": b"x"})
+    for name in ("", "file"):
+        assert (tmp_path / "out" / name).stat().st_mode == (tmp_path / "plain" / name).stat().st_mode
 
 
 def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:

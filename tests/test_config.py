@@ -277,3 +277,18 @@ def test_print_config(dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for output in (plain.stdout, as_json.stdout):
         assert SECRET not in output and "sesame" not in output
     assert all(name in plain.stdout for name in Settings.model_fields)
+
+
+def test_passwords_in_urls_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTPROMPT_URL", "http://me:sesame@host:81")
+    monkeypatch.setenv("SOFTPROMPT_CORS_ORIGINS", "http://a:sesame@b, http://c")
+    for arguments in (["--json"], []):
+        shown = CliRunner().invoke(main.app, ["serve", "--print-config", *arguments], catch_exceptions=False).stdout
+        assert "http://***@host:81" in shown and "http://***@b" in shown and "sesame" not in shown
+    monkeypatch.setenv("SOFTPROMPT_OTLP_ENDPOINT", "http://me:sesame@collector")
+    monkeypatch.setenv("SOFTPROMPT_PORT", "http://me:sesame@host")
+    for url in ("me:sesame@host", "http://me:sesame@host:port", "http://me:sesame@[host"):
+        monkeypatch.setenv("SOFTPROMPT_URL", url)
+        with pytest.raises(InvalidSettings) as caught:
+            Settings.load()
+        assert caught.value.message.count("***@") == 3 and "sesame" not in caught.value.message

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from app import doctor
+from app.access import Database, KeyStore
 from app.checkpoint import TENSORS_FILE, read_checkpoint
 from app.cli import main
+from app.config import Settings
 from app.engine.native.build import NativeUnavailable
 from app.manifest import ManifestInput
 from app.registry import Registry, Store
@@ -74,7 +76,7 @@ def test_a_whole_installation(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_a_model_nothing_is_fetched_and_everything_else_is_told(home: Path) -> None:
     found = examined(0)
     assert found["model"][0]["status"] == "warning" and "softprompt model pull" in found["model"][0]["advice"]
-    assert "parity" not in found and not (home / "cache").exists()
+    assert "parity" not in found and not (home / "cache").exists() and not (home / "prompts").exists()
     native = found["native decoder"][0]
     assert native["status"] == "warning" and "/nonexistent/cc" in native["found"] and "gcc" in native["advice"]
 
@@ -111,7 +113,25 @@ def test_a_port_in_use_and_keys_that_are_away(home: Path, monkeypatch: pytest.Mo
     assert examined(1)["keys"][0]["status"] == "failed"
     monkeypatch.delenv("SOFTPROMPT_DATABASE")
     monkeypatch.setenv("SOFTPROMPT_HOST", "0.0.0.0")
-    assert "there is no key" in examined(1)["keys"][-1]["found"]
+    for there in (False, True):  # a database in which there is no key is none
+        if there:
+            Database.of(Settings.load()).prepare()
+        [check] = examined(1)["keys"]
+        assert check["status"] == "failed" and "there is no key" in check["found"]
+    monkeypatch.setenv("SOFTPROMPT_INSECURE", "1")
+    assert [check["status"] for check in examined(0)["keys"]] == ["warning"]
+    monkeypatch.delenv("SOFTPROMPT_INSECURE")
+    KeyStore(Database.of(Settings.load())).create("k", scopes=["generate"])
+    assert [check["status"] for check in examined(0)["keys"]] == ["ok"]
+
+
+def test_an_answer_of_any_length(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(home / "tiny-llama", "llama")
+    monkeypatch.setenv("SOFTPROMPT_MODEL", str(home / "tiny-llama"))
+    for tokens in (1, 2):
+        monkeypatch.setattr(doctor, "NEW_TOKENS", tokens)
+        assert f"{tokens} tokens behind no prompt, " in examined(0)["generation"][0]["found"]
+    assert not (home / "prompts").exists(), "to look is not to make"
 
 
 @pytest.mark.usefixtures("home")

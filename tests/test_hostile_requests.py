@@ -72,7 +72,14 @@ def client(harness: Harness) -> Iterator[TestClient]:
 
 
 # What grows by design, and how far.
-BOUNDED = {"constraints._compiled": MAX_CACHED, "constraints._refusals": MAX_REFUSALS, "token_texts": 128}
+BOUNDED = {
+    "constraints._compiled": MAX_CACHED,
+    "constraints._refusals": MAX_REFUSALS,
+    "token_texts": 128,
+    "metrics.counts.replies": 500,  # operations and statuses that there are
+    "metrics.counts.all.finished": 3,  # reasons
+    "metrics.counts.rejected_uploads": 50,  # codes
+}
 
 
 @pytest.fixture(autouse=True)

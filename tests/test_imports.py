@@ -14,7 +14,7 @@ APP = Path(__file__).resolve().parent.parent / "app"
 # Lower layers first: a module may import its own layer and those before it, never one after it.
 LAYERS = [
     {"errors", "strict_json"},
-    {"text", "soft_prompt", "safetensors_header", "setting_sources", "logs"},
+    {"text", "soft_prompt", "safetensors_header", "setting_sources", "logs", "urls"},
     {"manifest", "adapter_config", "fingerprint", "model_source", "config"},
     {"checkpoint", "base_model", "engine"},
     {"registry", "answer", "constraint", "local_engine", "inspection"},

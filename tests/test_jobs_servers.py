@@ -204,6 +204,7 @@ def test_a_line_that_was_cut_off_is_no_event(tmp_path: Path) -> None:
     with harness.client() as client:
         jobs = Jobs(harness, client)
         job = jobs.until(jobs.create(), "succeeded")
+        wait_until(lambda: "successfully completed" in jobs.messages(job)[-1])
         before = jobs.messages(job)
         path = jobs.folder(job) / "events.jsonl"
         with path.open("ab") as file:

@@ -23,9 +23,10 @@ from tests.api_harness import events, read_stream, wait_until
 from tests.load_harness import BASE, Reply, ask, tensors
 from tests.tiny import save_tiny
 
-DRAIN_TIMEOUT = 4.0
+DRAIN_TIMEOUT = 6.0
 NUM_LONG = 6
-LONG = {"input": ["the"] * 256, "max_tokens": 100, "ignore_eos": True, "stream": True}  # six outlive the drain
+ROWS = 80
+LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True, "stream": True}  # six outlive the drain
 SHORT = {"input": ["x"] * 2, "max_tokens": 300, "ignore_eos": True}
 
 
@@ -111,7 +112,7 @@ def test_sigterm(tmp_path: Path, upload: str) -> None:
         uploading = server.post("/v1/tasks/mood/versions", tensors(1), kind, part=200)
         short = [server.post("/v1/generate", json.dumps(SHORT | {"stream": s}).encode()) for s in (True, False)]
         long = [server.post("/v1/generate", json.dumps(LONG).encode()) for _ in range(NUM_LONG)]
-        wait_until(lambda: server.ask("GET", "/info").json["engine"]["waiting"] > (NUM_LONG - 1) * 256)
+        wait_until(lambda: server.ask("GET", "/info").json["engine"]["waiting"] > (NUM_LONG - 1) * ROWS)
         ended: list[Any] = [None] * (2 + NUM_LONG)
         readers = [
             threading.Thread(target=lambda i=i, c=c: ended.__setitem__(i, read_stream(c)))

@@ -332,7 +332,6 @@ def test_names_that_are_none(client: TestClient) -> None:
         ("logprobs", {"logprobs": True}),
         ("logprobs", {"logprobs": 5, "max_tokens": 100_000}),
         ("stream_options", {"stream_options": {}}),
-        ("stream_options", {"stream": True, "stream_options": {"continuous_usage_stats": True}}),
         ("stop_token_ids", {"stop_token_ids": [128]}),
         ("logit_bias", {"logit_bias": {"x": 1}}),
         ("min_tokens", {"min_tokens": 5, "max_tokens": 4}),

@@ -23,7 +23,7 @@ if sys.platform != "win32":
     import resource
 
 DRAIN_DELAY = 1.0  # seconds between failing readiness and closing the listener, for a load balancer to notice
-LAST_EVENTS = 5.0  # seconds for the error events of streams that outlived the drain
+LAST_EVENTS = 10.0  # seconds for the error events of streams that outlived the drain
 MAX_CONNECTIONS = 10_000
 RESERVED_FILES = 100  # file descriptors for everything that is no connection
 

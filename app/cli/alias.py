@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 alias_app = typer.Typer(no_args_is_help=True, help="Movable names of versions.")
 app.add_typer(alias_app, name="alias")
+
+ROUNDING = 1e-6  # of shares that are written as decimals
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 Name = Annotated[str, typer.Argument(metavar="ALIAS", help="Name of the alias")]
 Etag = Annotated[
@@ -47,7 +52,8 @@ def set_alias(
     task: TaskName,
     name: Name,
     target: Annotated[
-        list[str], typer.Argument(metavar="VERSION", help="A version; or several with their shares, 7=0.9 8=0.1")
+        list[str],
+        typer.Argument(metavar="VERSION", help="A version; or several with their shares, which sum to 1: 7=0.9 8=0.1"),
     ],
     if_match: Etag = None,
     new: Annotated[bool, typer.Option("--new", help="Only if there is no such alias yet")] = False,
@@ -59,6 +65,8 @@ def set_alias(
 
     Fails with exit code 5 if somebody moves it in between.
     """
+    if new and if_match is not None:
+        raise typer.BadParameter("a new alias has no etag yet: give one of --new and --if-match", param_hint="--new")
     version, weights = _parse_target(target)
     with connect(url, api_key) as client:
         from app.client import NotFound
@@ -107,15 +115,21 @@ def rollback(
 
 
 def _parse_target(target: list[str]) -> tuple[int | None, dict[int, float] | None]:
+    """The server takes weights of any sum. Here they are shares: `8=0.1` alone would move everybody to 8."""
     weights: dict[int, float] = {}
     for text in target:
         number, mark, share = text.partition("=")
         try:
-            if number in map(str, weights) or (not mark and len(target) > 1):
+            if not _NUMBER.fullmatch(number) or int(number) in weights or (not mark and len(target) > 1):
                 raise ValueError
             weights[int(number)] = float(share) if mark else 1.0
+            if not 0 < weights[int(number)] <= 1:
+                raise ValueError
         except ValueError:
             raise typer.BadParameter(f"{text!r}: one version, or each one once with its share, 7=0.9 8=0.1") from None
+    total = math.fsum(weights.values())
+    if abs(total - 1) > ROUNDING:
+        raise typer.BadParameter(f"the shares sum to {total:g}, not to 1: say what each version gets, 7=0.9 8=0.1")
     if len(weights) == 1:
         return next(iter(weights)), None
     return None, weights

@@ -12,7 +12,7 @@ import typer
 
 from app.cli import errors
 from app.cli.output import AsJson, printable, say, write, write_json, write_table
-from app.cli.server import ApiKey, Url, complete_reference, connect
+from app.cli.server import ApiKey, Url, complete_reference, connect, finite
 from app.config import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ Input = Annotated[
     str | None, typer.Argument(help="The input; - reads stdin, as does none at all where stdin is no terminal")
 ]
 User = Annotated[str | None, typer.Option(help="Who asks: a canary gives the same user the same version")]
-Deadline = Annotated[float | None, typer.Option(help="Seconds after which the server gives up", min=0.001)]
+Deadline = Annotated[
+    float | None, typer.Option(help="Seconds after which the server gives up", min=0.001, callback=finite)
+]
 
 
 @app.command(epilog="Example: softprompt generate address_parse '901 Hamlet St, Evanston, IL 60202' --max-tokens 40")
@@ -49,8 +51,10 @@ def generate(
         bool | None, typer.Option(help="Write the answer as it comes; default: unless --json, --n or an ensemble")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Share of the probability to sample from")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy", callback=finite)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Share of the probability to sample from", callback=finite)
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="So many tokens to sample from")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answer")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again")] = None,
@@ -80,6 +84,10 @@ def generate(
     members = _members(task)
     if stream is None:
         stream = not (as_json or isinstance(members, list) or (n or 1) > 1)
+    if stream and (n or 1) > 1 and not as_json:
+        raise typer.BadParameter(
+            "would mix the pieces of --n answers; with --json each says whose it is", param_hint="--stream"
+        )
 
     def answer(client: Client, given: str) -> None:
         if stream:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from app.cli import errors
-from app.cli.output import AsJson, err, say, write_json
-from app.cli.rows import AnswerFile, Answers, InvalidRow, PrintedAnswers, Request, Row, read_rows
-from app.cli.server import ApiKey, Url, complete_reference, connect, connect_async
+from app.cli.answers import AnswerFile, Answers, PrintedAnswers
+from app.cli.output import AsJson, err, progress_bar, say, write_json
+from app.cli.rows import InvalidRow, Request, Row, read_rows
+from app.cli.server import ApiKey, Url, complete_reference, connect, connect_async, finite
 
 if TYPE_CHECKING:
     from app.client import AsyncClient
@@ -39,11 +41,13 @@ def batch(
     classify: Annotated[bool, typer.Option("--classify", help="Choose a label instead of generating")] = False,
     label: Annotated[list[str] | None, typer.Option(help="A label to choose from; default: the version's")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy", callback=finite)] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed, the same answers")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1_000, help="Rows asked at once")] = 16,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what OUT has")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what OUT has, once there is a first answer")
+    ] = False,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -60,6 +64,11 @@ def batch(
         raise typer.BadParameter("needs --classify", param_hint="--label")
     if classify:
         options = {"labels": label or None}
+    if task is not None and "," in task:
+        raise typer.BadParameter(
+            'is one task; a row asks several by a list, {"input": "...", "task": ["a", "b"]}', param_hint="--task"
+        )
+    _check_apart(source, target)
 
     def make(row: dict[str, Any]) -> Request:
         return _request(row, task, options)
@@ -75,21 +84,20 @@ def batch(
 
         answers: Answers
         if target == "-":
-            answers = PrintedAnswers([row.line for row in rows()])
+            answers = PrintedAnswers()
         else:
-            if restart:
-                Path(target).unlink(missing_ok=True)
-            answers = stack.enter_context(AnswerFile(Path(target)))
-        total = done = 0
-        for row in rows():  # before anything is asked, so that a wrong file is refused at once
-            total, done = total + 1, done + answers.is_done(row)
+            answers = stack.enter_context(AnswerFile(Path(target), restart=restart))
+        total, done = answers.begin(rows())  # before anything is asked, so that a wrong file is refused at once
         if done < total:
             with connect(url, api_key) as asked:  # a wrong name or address is not the fault of every single row
                 asked.model(task) if task is not None else asked.info()
         client = connect_async(url, api_key, connections=concurrency, retries=PATIENCE)
         run = _Run(client, answers, classify)
-        with _bar(total - done) as advance:
-            asyncio.run(run.ask_all((row for row in rows() if not answers.is_done(row)), concurrency, advance))
+        left = total - done
+        with progress_bar(shown=err.is_terminal and left > 0) as bar:  # if a person looks
+            asked_rows = bar.add_task("rows", total=left)
+            missing = (row for row in rows() if not answers.is_done(row))
+            asyncio.run(run.ask_all(missing, concurrency, lambda: bar.advance(asked_rows)))
         answers.finish()
     summary = {"rows": total, "answered": run.answered, "failed": run.failed, "answered_before": done}
     if as_json and target != "-":
@@ -187,14 +195,18 @@ def _opened(source: str) -> Iterator[BinaryIO]:
         yield kept
 
 
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, if a person looks."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(
-        TextColumn("{task.description}"), *columns, console=err, redirect_stdout=False, redirect_stderr=False
-    )
-    shown: AbstractContextManager[Any] = bar if err.is_terminal and total else nullcontext()
-    with shown:
-        rows = bar.add_task("rows", total=total)
-        yield lambda: bar.advance(rows)
+def _check_apart(source: str, target: str) -> None:
+    """Raises BadParameter where answers would be written into the rows that are being read."""
+    rows, answers = _found(source, sys.stdin), _found(target, sys.stdout)
+    if rows is None or answers is None or not stat.S_ISREG(rows.st_mode):
+        return
+    if os.path.samestat(rows, answers):
+        raise typer.BadParameter("IN and OUT are the same file", param_hint="OUT")
+
+
+def _found(name: str, stream: Any) -> os.stat_result | None:
+    """None where there is no file, or none yet."""
+    try:
+        return os.fstat(stream.fileno()) if name == "-" else os.stat(name)
+    except OSError:
+        return None

@@ -16,7 +16,7 @@ import typer
 from app.cli import errors
 from app.cli.output import AsJson, write, write_json, write_table
 from app.cli.rows import read_rows
-from app.cli.server import ApiKey, Url, complete_reference, connect_async
+from app.cli.server import ApiKey, Url, complete_reference, connect_async, finite
 
 if TYPE_CHECKING:
     from app.client import AsyncClient
@@ -37,7 +37,9 @@ def bench(
     requests: Annotated[
         int | None, typer.Option(min=1, help="So many requests; default: 100, if no --duration")
     ] = None,
-    duration: Annotated[float | None, typer.Option(min=0.01, help="Seconds in which requests are begun")] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.01, help="Seconds in which requests are begun", callback=finite)
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each request, all of them made")] = 64,
     data: Annotated[Path | None, typer.Option(help='JSONL of {"input"}, in turn; default: one sentence')] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Answers do not end before --max-tokens")] = True,

@@ -9,7 +9,7 @@ from typing import Any, Final
 import typer
 
 from app.cli.output import err, printable
-from app.errors import InvalidSettings, SoftpromptError
+from app.errors import InvalidRecipe, InvalidRequest, InvalidSettings, SoftpromptError
 
 NEWLINE = "\n"
 
@@ -51,12 +51,14 @@ def is_known(error: Exception) -> bool:
 
 def exit_code(error: Exception) -> int:
     """Of any error that is known."""
-    from app.client import ConnectionFailed, InvalidReply, StreamCut, TimedOut
+    from app.client import ConnectionFailed, InvalidReply, NotFound, StreamCut, TimedOut
 
     if isinstance(error, typer.TyperException):
         return error.exit_code
-    if isinstance(error, InvalidSettings):
+    if isinstance(error, InvalidSettings | InvalidRequest | InvalidRecipe):  # of this process: what was typed
         return USAGE
+    if isinstance(error, NotFound):
+        return NOT_FOUND
     if isinstance(error, ConnectionFailed | TimedOut | StreamCut | InvalidReply):
         return UNREACHABLE
     return _BY_STATUS.get(getattr(error, "status", None) or 0, FAILED)

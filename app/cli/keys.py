@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
-from app.cli.output import AsJson, err, out, write, write_json
+from app.cli.output import AsJson, err, write, write_json, write_table
 from app.config import Settings
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, ReferenceNotFound
 
 if TYPE_CHECKING:
     from app.access import Database, Key
@@ -84,24 +83,17 @@ def list_keys(as_json: AsJson = False) -> None:
     if as_json:
         write_json(rows)
         return
-    table = Table(
-        Column("id", no_wrap=True, min_width=20),
-        "name",
-        "secret",
-        "scopes",
-        "tasks",
-        "state",
-        "last used",
-        "tokens today",
-        box=None,
+    write_table(
+        ("id", "name", "secret", "scopes", "tasks", "state", "last used", "tokens today"),
+        (
+            (
+                *(key.id, key.name, f"{key.prefix}...", " ".join(row["scopes"])),
+                "all" if key.tasks is None else " ".join(key.tasks),
+                *(_state(key), row["last_used_at"] or "never", row["tokens_today"]),
+            )
+            for key, row in zip(keys, rows, strict=True)
+        ),
     )
-    for key, row in zip(keys, rows, strict=True):
-        tasks = "all" if key.tasks is None else " ".join(key.tasks)
-        table.add_row(
-            *(key.id, key.name, f"{key.prefix}...", " ".join(row["scopes"]), tasks),
-            *(_state(key), row["last_used_at"] or "never", str(row["tokens_today"])),
-        )
-    out.print(table, markup=False)
 
 
 @app.command(epilog="Example: softprompt keys revoke key_...")
@@ -113,7 +105,7 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="key_...")],
     if database.exists:
         database.prepare()
     if not database.exists or not KeyStore(database).revoke(key_id):
-        raise InvalidRequest("there is no key of this id", param="ID", code="not_found")
+        raise ReferenceNotFound("there is no key of this id", param="ID")
     _note(database, "revoke_key", key_id)
     if as_json:
         write_json({"id": key_id, "revoked": True})
@@ -127,7 +119,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Who changed what, and who was refused, the newest first."""
-    from app.access.audit import escaped, read_audit
+    from app.access.audit import read_audit
 
     database = _database()
     if database.exists:
@@ -137,19 +129,10 @@ def audit(
     if as_json:
         write_json(rows)
         return
-    table = Table(
-        "time",
-        Column("key", overflow="fold"),
-        "action",
-        Column("target", no_wrap=True, min_width=20),
-        "status",
-        "request",
-        box=None,
+    columns = ("time", "key_id", "action", "target", "status", "request_id")
+    write_table(
+        ("time", "key", "action", "target", "status", "request"), ([row[name] for name in columns] for row in rows)
     )
-    for row in rows:
-        columns = ("time", "key_id", "action", "target", "status", "request_id")
-        table.add_row(*(escaped(str(row[column])) for column in columns))  # entries of older versions are as they came
-    out.print(table, markup=False)
 
 
 def _database() -> Database:

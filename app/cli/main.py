@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from app import __version__
-from app.cli import alias, ask, batch, bench, doctor, errors, keys, tasks, values
+from app.cli import alias, ask, batch, bench, completion, doctor, errors, keys, model, tasks, values
 from app.cli.output import AsJson, err, out, say, warn, write, write_json
 from app.config import Settings, load_with_sources
 from app.errors import InvalidRequest
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=errors.EPILOG)
-model_app = typer.Typer(no_args_is_help=True, help="The base model.")
 for module in (ask, batch, tasks, alias, bench, doctor):
     app.add_typer(module.app)
-app.add_typer(model_app, name="model")
+app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="keys")
 
 Task = Annotated[str, typer.Argument(help="Name of the task to publish to")]
@@ -33,6 +31,8 @@ Data = Annotated[Path, typer.Option(help="Folder with train.jsonl (validation.js
 
 def main() -> None:
     """Entry point: whatever goes wrong is one readable line, or with --json one document, and an exit code."""
+    if completion.is_for_bash():
+        completion.complete_in_bash(app)
     as_json = "--json" in itertools.takewhile(lambda argument: argument != "--", sys.argv[1:])
     try:
         code = app(standalone_mode=False)  # else typer would draw a box around wrong options
@@ -91,37 +91,6 @@ def serve(
     run(settings)
 
 
-@model_app.command(epilog="Example: softprompt model pull")
-def pull(as_json: AsJson = False) -> None:
-    """Fetch and convert the base model into the cache, once."""
-    settings = Settings.load()
-    from app.model_source import fetch_base_model
-
-    path = str(fetch_base_model(settings.model, cache_dir=settings.cache_dir))
-    if as_json:
-        write_json({"path": path})
-    else:
-        write(path)
-
-
-@model_app.command(epilog="Example: softprompt model show --json")
-def show(as_json: AsJson = False) -> None:
-    """Name, fingerprint and dimensions of the base model."""
-    base = _load_base(Settings.load())
-    facts: dict[str, Any] = vars(base.info) | {
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": str(base.device),
-        "path": str(base.path),
-    }
-    if as_json:
-        write_json(facts)
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    out.print(table)
-
-
 @app.command(epilog="Example: softprompt train mood --data examples/data/sentiment_mixed --classify")
 def train(
     task: Task,
@@ -178,7 +147,7 @@ def train(
     if init_from is not None:
         if init not in (None, "prompt"):
             raise InvalidRequest("--init-from is a start of its own: no --init", param="init")
-        base = _load_base(settings)
+        base = model.load(settings)
         started_from, initial = starting_prompt(init_from, settings, base)
         init, virtual_tokens = "prompt", virtual_tokens or initial.shape[-2]
     if steps is None:
@@ -219,7 +188,7 @@ def train(
     if classify:
         job = replace(job, labels=splits.labels(job.tasks[job.task_id] if job.tasks else None))
     work = out_dir or settings.cache_dir / "training" / task
-    base = base or _load_base(settings)
+    base = base or model.load(settings)
     published = train_and_publish(
         job, settings, base, work, alias=alias or None, baselines=baselines, console=err, initial=initial
     )
@@ -238,7 +207,7 @@ def import_folder(
     settings = Settings.load()
     from app.cli.registry import import_folder as run
 
-    published = run(task, folder, settings, _load_base(settings), alias=alias or None)
+    published = run(task, folder, settings, model.load(settings), alias=alias or None)
     if as_json:
         write_json(_published(published))
         return
@@ -255,7 +224,7 @@ def export(
     settings = Settings.load()
     from app.cli.registry import export_version
 
-    paths = [str(path) for path in export_version(reference, folder, settings, _load_base(settings))]
+    paths = [str(path) for path in export_version(reference, folder, settings, model.load(settings))]
     if as_json:
         write_json({"files": paths})
     else:
@@ -274,7 +243,7 @@ def evaluate(
     from app.train import read_rows
 
     rows = read_rows(data)
-    scores = asyncio.run(evaluate_reference(reference, rows, settings, _load_base(settings), console=err))
+    scores = asyncio.run(evaluate_reference(reference, rows, settings, model.load(settings), console=err))
     if as_json:
         write_json(scores)
     else:
@@ -299,7 +268,7 @@ def calibrate(
     rows, command = read_rows(data), shlex.join(["softprompt", *sys.argv[1:]])
     published = asyncio.run(
         calibrate_reference(
-            reference, rows, settings, _load_base(settings), alias=alias or None, command=command, console=err
+            reference, rows, settings, model.load(settings), alias=alias or None, command=command, console=err
         )
     )
     found = published.version.manifest.calibration
@@ -311,22 +280,6 @@ def calibrate(
     write(
         f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
         f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)"
-    )
-
-
-def _load_base(settings: Settings) -> Any:
-    import torch
-
-    from app.base_model import load_base_model
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    return load_base_model(
-        settings.model,
-        cache_dir=settings.cache_dir,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
     )
 
 

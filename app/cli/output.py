@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 BROKEN_PIPE = 141  # what a shell shows for a program that SIGPIPE ended
@@ -38,9 +39,19 @@ def write(text: str, *, end: str = "\n") -> None:
         _leave()
 
 
+def to_json(value: Any) -> str:
+    """One line, in UTF-8 where it can be: half a surrogate pair, which JSON can spell, stays spelt out."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 def write_json(value: Any) -> None:
     """One line."""
-    write(json.dumps(value, ensure_ascii=False))
+    write(to_json(value))
 
 
 def say(text: str) -> None:
@@ -53,13 +64,13 @@ def warn(text: str) -> None:
     say(text)
 
 
-def write_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, console: Console = out) -> None:
     """One row a line, whole: rich's own would be cut at the terminal's width, or at 80 columns where there is none."""
     cells = [list(columns), *([("" if cell is None else printable(str(cell))) for cell in row] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for index, row in enumerate(cells):
         line = "  ".join(set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
-        out.print(Text(line.rstrip(), style="" if index else "bold"), soft_wrap=True)
+        console.print(Text(line.rstrip(), style="" if index else "bold"), soft_wrap=True)
 
 
 def write_facts(facts: Mapping[str, Any]) -> None:
@@ -67,6 +78,19 @@ def write_facts(facts: Mapping[str, Any]) -> None:
     width = max(map(len, facts), default=0) + 2
     for name, value in facts.items():
         write(f"{name:<{width}}{printable(str(value))}")
+
+
+def progress_bar(*, console: Console = err, shown: bool = True) -> Progress:
+    """A context manager; what is told on stdout and stderr meanwhile stays as it is."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}"),
+        *columns,
+        console=console,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not shown,
+    )
 
 
 def printable(text: str, *, keep: str = "") -> str:

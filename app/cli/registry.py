@@ -7,8 +7,9 @@ from pathlib import Path
 
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, DEFAULT_LIMITS, MANIFEST_FILE, TENSORS_FILE, read_checkpoint, read_manifest
+from app.client.folder import check_empty, write_folder
 from app.config import Settings
-from app.errors import InvalidPromptFile, InvalidRequest, NumericalError
+from app.errors import InvalidPromptFile, NumericalError
 from app.local_engine import local_engine
 from app.manifest import ManifestInput
 from app.registry import Published, Registry, Store
@@ -18,7 +19,7 @@ from app.registry.reference import check_alias_name, check_task_name
 def import_folder(task: str, folder: Path, settings: Settings, base: BaseModel, *, alias: str | None) -> Published:
     """Publish what PEFT's save_pretrained wrote, tried on the base model first; a manifest.json beside it counts.
 
-    Raises InvalidPromptFile for what an upload would be refused for, InvalidRequest for a folder without the files.
+    Raises InvalidPromptFile for what an upload would be refused for, OSError for a folder without the files.
     """
     check_task_name(task)
     if alias is not None:
@@ -39,26 +40,17 @@ def import_folder(task: str, folder: Path, settings: Settings, base: BaseModel, 
 
 
 def export_version(reference: str, folder: Path, settings: Settings, base: BaseModel) -> list[Path]:
-    """Write the version's files as they came into a folder that is new or empty; PEFT loads it."""
+    """Write the version's files as they came into a folder that is new or empty; PEFT loads it. Raises OSError."""
+    check_empty(folder)
     registry = Registry(Store(settings.registry), base.info)
     version = registry.resolve(reference)
-    files = {name: registry.read_file(version.task, version.number, name) for name in version.files}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InvalidRequest(f"{folder} is not empty", param="folder")
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise InvalidRequest(f"{folder} cannot be written: {error.strerror}", param="folder") from error
-    return [folder / name for name in files]
+    return write_folder(
+        folder, {name: registry.read_file(version.task, version.number, name) for name in version.files}
+    )
 
 
 def _read(path: Path) -> bytes:
     limit = DEFAULT_LIMITS.max_file_bytes
-    try:
-        if path.stat().st_size > limit:
-            raise InvalidPromptFile(f"{path.name} has more than {limit} bytes", code="file_too_large")
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}", param="folder") from error
+    if path.stat().st_size > limit:
+        raise InvalidPromptFile(f"{path.name} has more than {limit} bytes", code="file_too_large")
+    return path.read_bytes()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.config import Settings
+from app.errors import InvalidSettings
 
 if TYPE_CHECKING:
     from app.client import AsyncClient, Client
@@ -25,7 +29,8 @@ def connect(url: str | None, api_key: str | None) -> Client:
     from app.client import Client, Retries  # httpx takes time that --help need not
 
     where, key = _server(url, api_key)
-    return Client(where, api_key=key, retries=Retries(most=RETRIES))
+    with _refused():
+        return Client(where, api_key=key, retries=Retries(most=RETRIES))
 
 
 def connect_async(url: str | None, api_key: str | None, *, connections: int, retries: int) -> AsyncClient:
@@ -33,7 +38,15 @@ def connect_async(url: str | None, api_key: str | None, *, connections: int, ret
     from app.client import AsyncClient, Retries
 
     where, key = _server(url, api_key)
-    return AsyncClient(where, api_key=key, max_connections=connections, retries=Retries(most=retries))
+    with _refused():
+        return AsyncClient(where, api_key=key, max_connections=connections, retries=Retries(most=retries))
+
+
+def finite(value: float | None) -> float | None:
+    """Of an option, which Python reads "nan" and "inf" for too: no JSON has them. Raises BadParameter."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 def complete_reference(incomplete: str) -> list[str]:
@@ -51,6 +64,15 @@ def complete_reference(incomplete: str) -> list[str]:
         return []
     ends = list(task.aliases) if mark == "@" else [str(number) for number in task.versions]
     return [found for end in ends if (found := f"{name}{mark}{end}").startswith(incomplete)]
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What the settings let pass and the client does not."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidSettings(str(error)) from None
 
 
 def _server(url: str | None, api_key: str | None) -> tuple[str, str | None]:

@@ -10,12 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
+from app.cli.output import progress_bar, write_table
 from app.config import Settings
 from app.engine.local import LocalEngine
 from app.errors import InvalidRequest, InvalidTrainingData, TrainingFailed
@@ -60,7 +59,7 @@ def train_and_publish(
         raise TrainingFailed(f"another process is training in {work}") from None
     for warning in report.warnings:
         console.print(f"[yellow]warning[/yellow]: {warning}")
-    with _engine(settings, base) as engine, _bar(console) as bar:
+    with _engine(settings, base) as engine, progress_bar(console=console) as bar:
         scored = bar.add_task("scoring", total=job.num_scored_rows(base, baselines=baselines))
 
         async def measure() -> tuple[Calibration | None, dict[str, Any]]:
@@ -85,7 +84,7 @@ def train_and_publish(
     verb = "published" if published.created else "was published before as"
     console.print(f"{verb} [bold]{published.version.reference}[/bold]  {published.version.digest}")
     if metrics:
-        console.print(_table(metrics))
+        _tell(metrics, console)
     return published
 
 
@@ -140,7 +139,7 @@ def _evaluator(
     manifest: ManifestInput, num_rows: int, settings: Settings, base: BaseModel, console: Console
 ) -> Iterator[Evaluator]:
     """By what the manifest says of a version, with a bar for the rows."""
-    with _engine(settings, base) as engine, _bar(console) as bar:
+    with _engine(settings, base) as engine, progress_bar(console=console) as bar:
         scored = bar.add_task("scoring", total=num_rows)
         yield Evaluator(
             engine=engine,
@@ -160,7 +159,7 @@ def starting_prompt(reference: str, settings: Settings, base: BaseModel) -> tupl
 
 
 def _train(job: Job, base: BaseModel, work: Path, console: Console, initial: Tensor | None) -> TrainReport:
-    with _bar(console) as bar:
+    with progress_bar(console=console) as bar:
         shown = bar.add_task("training", total=job.recipe.max_steps)
         validation = ""
 
@@ -200,12 +199,7 @@ def _engine(settings: Settings, base: BaseModel) -> Iterator[LocalEngine]:
         engine.stop()
 
 
-def _bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console)
-
-
-def _table(metrics: dict[str, object]) -> Table:
+def _tell(metrics: dict[str, object], console: Console) -> None:
     """One row a contestant, one column a score."""
     contestants: dict[str, dict[str, object]] = {}
     for name, scores in metrics.items():
@@ -213,7 +207,5 @@ def _table(metrics: dict[str, object]) -> Table:
             nested = all(isinstance(value, dict) for value in scores.values())
             contestants |= {f"{name}: {k}": v for k, v in scores.items()} if nested else {name: scores}
     names = [name for name, value in contestants["soft_prompt"].items() if isinstance(value, float)]
-    table = Table("", *names, title=f"{metrics['rows']} {metrics['split']} rows")
-    for contestant, scores in contestants.items():
-        table.add_row(contestant, *[str(scores.get(name, "")) for name in names])
-    return table
+    rows = ((contestant, *(scores.get(name) for name in names)) for contestant, scores in contestants.items())
+    write_table((f"{metrics['rows']} {metrics['split']} rows", *names), rows, console=console)

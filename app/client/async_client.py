@@ -1,4 +1,4 @@
-"""`AsyncClient`: the methods of `calls`, for asyncio."""
+"""`AsyncClient`: the methods of `calls` and `alias_calls`, for asyncio."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import anyio
 import httpx
 
-from app.client import calls
+from app.client import alias_calls, calls
 from app.client.call import Call, Plan
 from app.client.connection import Connection
 from app.client.errors import ClientError, reply_error, translated
@@ -84,10 +84,10 @@ class AsyncClient(Connection):
     delete_version = _method(calls.delete_version)
     delete_task = _method(calls.delete_task)
     restore = _method(calls.restore)
-    alias = _method(calls.alias)
-    set_alias = _method(calls.set_alias)
-    remove_alias = _method(calls.remove_alias)
-    roll_back = _method(calls.roll_back)
+    alias = _method(alias_calls.alias)
+    set_alias = _method(alias_calls.set_alias)
+    remove_alias = _method(alias_calls.remove_alias)
+    roll_back = _method(alias_calls.roll_back)
     history = _iterator(calls.history)
     inspect = _method(calls.inspect)
     audit = _iterator(calls.audit)

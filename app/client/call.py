@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote
@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from app.client.errors import InvalidReply, reply_error
+from app.client.errors import InvalidReply, reply_error, shown
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -68,6 +68,20 @@ def reading(model: type[M]) -> Callable[[httpx.Response], M]:
         try:
             return model.model_validate_json(response.content)
         except ValidationError as error:
-            raise InvalidReply(f"{response.url} answered what is no {model.__name__}") from error
+            raise InvalidReply(f"{shown(response.url)} answered what is no {model.__name__}") from error
 
     return read
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """A body of the fields that are not None."""
+    return {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+def etag_of(response: httpx.Response) -> str:
+    """A proxy that compresses makes the tag a weak one."""
+    return str(response.headers.get("etag", "")).removeprefix("W/")

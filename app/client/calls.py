@@ -11,11 +11,10 @@ from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import httpx
 
-from app.client.call import Call, Steps, path, reading
-from app.client.errors import DigestMismatch, InvalidReply
+from app.client.call import Call, Steps, etag_of, given, path, reading
+from app.client.errors import DigestMismatch, InvalidReply, NotFound, shown
 from app.client.folder import MANIFEST, PARTS, check_empty, read_folder, write_folder
 from app.client.results import (
-    Alias,
     AuditEntry,
     Change,
     Classification,
@@ -73,7 +72,7 @@ def generate(
         "/v1/generate",
         reading(Generation),
         headers=_deadline(deadline),
-        json=_given(task=task, input=input, **options),
+        json=given(task=task, input=input, **options),
     )
 
 
@@ -95,7 +94,7 @@ def classify(
     deadline: float | None = None,
 ) -> Call[Classification]:
     """The likeliest label of each input and the probabilities of all; labels are the version's by default."""
-    body = _given(task=task, input=input, labels=labels, user=user, cache_salt=cache_salt)
+    body = given(task=task, input=input, labels=labels, user=user, cache_salt=cache_salt)
     return Call("POST", "/v1/classify", reading(Classification), headers=_deadline(deadline), json=body)
 
 
@@ -154,17 +153,20 @@ def versions(task: str, *, tag: str | None = None, deleted: bool = False, page: 
 
 
 def version(reference: str) -> Steps[Version]:
-    """What `task`, `task:7`, `task@alias` or `task@sha256:...` stands for now, with its manifest."""
+    """What `task`, `task:7`, `task@alias` or `task@sha256:...` stands for now, with its manifest.
+
+    Raises NotFound for the base model, too.
+    """
     found = yield from model(reference)
     if found.task is None or found.version is None:
-        raise InvalidReply(f"{reference} is the base model and has no versions")
+        raise NotFound(f"{reference} is the base model and has no versions")
     return (yield from Call("GET", _version_path(found.task, found.version), reading(Version)))
 
 
 def push(task: str, folder: Path, *, alias: str | None = "latest", manifest: Path | None = None) -> Call[Published]:
     """Upload what PEFT's save_pretrained wrote, and manifest.json where there is one; moves `alias` to it.
 
-    The same files again give the version that they are already. Raises OSError.
+    The same files again give the version that they are already, and move the alias to it again. Raises OSError.
     """
     read = reading(Published)
 
@@ -172,7 +174,14 @@ def push(task: str, folder: Path, *, alias: str | None = "latest", manifest: Pat
         return read(response).model_copy(update={"created": response.status_code == 201})
 
     files = read_folder(folder, manifest)
-    return Call("POST", path("v1", "tasks", task, "versions"), published, {"alias": alias or ""}, files=files)
+    return Call(
+        "POST",
+        path("v1", "tasks", task, "versions"),
+        published,
+        {"alias": alias or ""},
+        files=files,
+        repeatable=False,  # somebody may have moved the alias on
+    )
 
 
 def pull(reference: str, folder: Path) -> Steps[Version]:
@@ -196,7 +205,7 @@ def file(task: str, version: int, name: str) -> Call[bytes]:
 
     def read(response: httpx.Response) -> bytes:
         found = f"sha256:{hashlib.sha256(response.content).hexdigest()}"
-        if _etag(response) != f'"{found}"':
+        if etag_of(response) != f'"{found}"':
             raise DigestMismatch(f"{name} came as {found}, which is not its ETag")
         return response.content
 
@@ -216,41 +225,6 @@ def delete_task(task: str) -> Call[Deleted]:
 def restore(task: str, version: int) -> Call[Version]:
     """Undo the deletion of a version. It gets no alias back."""
     return Call("POST", _version_path(task, version) + ":restore", reading(Version), repeatable=False)
-
-
-def alias(task: str, name: str) -> Call[Alias]:
-    """What an alias stands for, and the etag with which it can be moved."""
-    return Call("GET", _alias_path(task, name), _read_alias)
-
-
-def set_alias(
-    task: str, name: str, *, version: int | None = None, weights: Mapping[int, float] | None = None, etag: str | None
-) -> Call[Alias]:
-    """Point an alias at a version, or split it among several by weight. `etag`: of what is replaced; None: nothing is.
-
-    Raises Conflict if somebody else was first.
-    """
-    shares = None if weights is None else {str(number): share for number, share in weights.items()}
-    return Call(
-        "PUT",
-        _alias_path(task, name),
-        _read_alias,
-        headers={"If-None-Match": "*"} if etag is None else {"If-Match": etag},
-        json=_given(version=version, weights=shares),
-        repeatable=False,  # the move that was done is in the way of itself
-    )
-
-
-def remove_alias(task: str, name: str, *, etag: str) -> Call[Deleted]:
-    """Remove an alias; the versions that it names stay."""
-    headers = {"If-Match": etag}
-    return Call("DELETE", _alias_path(task, name), reading(Deleted), headers=headers, repeatable=False)
-
-
-def roll_back(task: str, name: str, *, etag: str) -> Call[Alias]:
-    """Undo an alias's last move; again, the one before it."""
-    path = _alias_path(task, name) + ":rollback"
-    return Call("POST", path, _read_alias, headers={"If-Match": etag}, repeatable=False)
 
 
 def history(task: str, *, page: int = PAGE) -> Listing[Change]:
@@ -281,14 +255,6 @@ def ready() -> Call[Readiness]:
     return Call("GET", "/readyz", reading(Readiness), {"verbose": ""}, retried=False)
 
 
-def _given(**fields: Any) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for name, value in fields.items()
-        if value is not None
-    }
-
-
 def _deadline(seconds: float | None) -> dict[str, str]:
     return {} if seconds is None else {"X-Request-Timeout": f"{seconds:g}"}
 
@@ -297,18 +263,5 @@ def _version_path(task: str, version: int) -> str:
     return path("v1", "tasks", task, "versions", version)
 
 
-def _alias_path(task: str, name: str) -> str:
-    return path("v1", "tasks", task, "aliases", name)
-
-
-def _read_alias(response: httpx.Response) -> Alias:
-    return reading(Alias)(response).model_copy(update={"etag": _etag(response)})
-
-
-def _etag(response: httpx.Response) -> str:
-    """A proxy that compresses makes the tag a weak one."""
-    return str(response.headers.get("etag", "")).removeprefix("W/")
-
-
 def _no_stream(response: httpx.Response) -> Any:
-    raise InvalidReply(f"{response.url}: a stream is opened with `with client.stream(...)`")
+    raise InvalidReply(f"{shown(response.url)}: a stream is opened with `with client.stream(...)`")

@@ -1,4 +1,4 @@
-"""`Client`: the methods of `calls`, blocking."""
+"""`Client`: the methods of `calls` and `alias_calls`, blocking."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
-from app.client import calls
+from app.client import alias_calls, calls
 from app.client.call import Call, Plan
 from app.client.connection import Connection
 from app.client.errors import ClientError, reply_error, translated
@@ -81,10 +81,10 @@ class Client(Connection):
     delete_version = _method(calls.delete_version)
     delete_task = _method(calls.delete_task)
     restore = _method(calls.restore)
-    alias = _method(calls.alias)
-    set_alias = _method(calls.set_alias)
-    remove_alias = _method(calls.remove_alias)
-    roll_back = _method(calls.roll_back)
+    alias = _method(alias_calls.alias)
+    set_alias = _method(alias_calls.set_alias)
+    remove_alias = _method(alias_calls.remove_alias)
+    roll_back = _method(alias_calls.roll_back)
     history = _iterator(calls.history)
     inspect = _method(calls.inspect)
     audit = _iterator(calls.audit)

@@ -11,6 +11,7 @@ from app import __version__
 from app.client.call import Call
 from app.client.errors import ClientError
 from app.client.retries import Retries
+from app.urls import without_password
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = 660.0  # seconds without a byte: more than a server takes by default to give up on a request
@@ -20,7 +21,8 @@ CONNECT_TIMEOUT = 5.0  # seconds
 class Connection:
     """An address and how to speak to it. `transport` is httpx's, for proxies and tests.
 
-    `timeout`: seconds without a byte. Raises ValueError for what is no http or https URL.
+    `timeout`: seconds without a byte. Raises ValueError for what is no http or https URL, and for a key that no header
+    can hold.
     """
 
     _kind: ClassVar[Callable[..., Any]]
@@ -38,6 +40,7 @@ class Connection:
         check_url(url)
         headers = {"User-Agent": f"softprompt/{__version__}"}
         if api_key is not None:
+            _check_key(api_key)
             headers["Authorization"] = f"Bearer {api_key}"
         self._retries = retries or Retries()
         self._http: Any = self._kind(
@@ -60,7 +63,13 @@ def check_url(url: str) -> None:
     """Raises ValueError."""
     try:
         found = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"{url!r} is no URL: {error}") from None
+    except httpx.InvalidURL:  # its message may quote a password
+        raise ValueError(f"{without_password(url)!r} is no URL") from None
     if found.scheme not in ("http", "https") or not found.host:
-        raise ValueError(f"{url!r} is no http:// or https:// URL")
+        raise ValueError(f"{without_password(url)!r} is no http:// or https:// URL")
+
+
+def _check_key(api_key: str) -> None:
+    """Before the HTTP library does, which quotes what it refuses."""
+    if not api_key or not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+        raise ValueError("the API key is not printable ASCII without spaces; was a line feed read with it?")

@@ -10,7 +10,7 @@
     - BadRequest          400 and every other 4xx
     - NotAuthenticated    401
     - NotAllowed          403
-    - NotFound            404
+    - NotFound            404; also the base model, where a version is asked for
     - Conflict            409, 412, 428
     - RateLimited         429
     - ServerFailed        5xx, and the error event of a stream that had begun
@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+
+from app.urls import without_password
 
 
 class ClientError(Exception):
@@ -85,7 +87,7 @@ class NotAllowed(ReplyError):
 
 
 class NotFound(ReplyError):
-    pass
+    code = "not_found"
 
 
 class Conflict(ReplyError):
@@ -121,7 +123,7 @@ def reply_error(response: httpx.Response) -> ClientError:
     status = response.status_code
     found = _error_member(response.content)
     if found is None and not response.is_error:
-        return InvalidReply(f"{response.url} answered {status}: is this the address of a softprompt server?")
+        return InvalidReply(f"{shown(response.url)} answered {status}: is this the address of a softprompt server?")
     found = found or {}
     message = found.get("message") or f"HTTP {status} {response.reason_phrase}".rstrip()
     error = _BY_STATUS.get(status, ServerFailed if status >= 500 else BadRequest)(str(message))
@@ -129,6 +131,11 @@ def reply_error(response: httpx.Response) -> ClientError:
     error.request_id = response.headers.get("x-request-id")
     error.retry_after = _seconds(response.headers.get("retry-after"))
     return _described(error, found)
+
+
+def shown(url: httpx.URL) -> str:
+    """For a message."""
+    return without_password(str(url))
 
 
 def event_error(found: Any, request_id: str | None) -> ClientError:
@@ -176,9 +183,8 @@ def _seconds(header: str | None) -> float | None:
 
 
 def _address(error: httpx.RequestError) -> str:
-    """Of the server, without a user's name and password, which a URL may have."""
-    url = error.request.url
-    return f"{url.scheme}://{url.netloc.decode()}"
+    """Of the server."""
+    return shown(error.request.url.copy_with(path="/", query=None, fragment=None)).removesuffix("/")
 
 
 def _reason(error: Exception) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,14 +37,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Write a folder that is new or empty: under another name, synced, then renamed. Raises OSError."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")
+    draft.mkdir()
     try:
         for name, data in files.items():
             with open(draft / name, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        draft.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()  # fails, rightly, if there is something in it
         draft.rename(folder)
@@ -52,9 +52,3 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return [folder / name for name in files]
-
-
-def _umask() -> int:
-    found = os.umask(0o077)
-    os.umask(found)
-    return found

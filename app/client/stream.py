@@ -9,17 +9,17 @@ from contextlib import contextmanager
 import httpx
 from pydantic import ValidationError
 
-from app.client.errors import ConnectionFailed, InvalidReply, StreamCut, event_error, translated
+from app.client.errors import ConnectionFailed, InvalidReply, StreamCut, TimedOut, event_error, shown, translated
 from app.client.results import StreamEvent, Usage
 
 
 class _Events:
-    """Bytes in, events out, until `[DONE]`."""
+    """Bytes in, events out, until `[DONE]`. What is left of the body is read then, else its connection is lost."""
 
     def __init__(self, response: httpx.Response) -> None:
         kind = response.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
-            raise InvalidReply(f"{response.url} answered {kind or 'something'} instead of a stream")
+            raise InvalidReply(f"{shown(response.url)} answered {kind or 'something'} instead of a stream")
         self._response = response
         self._buffer = b""
         self.done = False
@@ -52,41 +52,36 @@ class _Events:
             self.usage = event.usage
         return event
 
-    def _check_end(self) -> None:
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A connection that breaks here breaks a stream, unless the answer is whole."""
+        try:
+            with translated():
+                yield
+        except (ConnectionFailed, TimedOut) as error:
+            if self.done:
+                return
+            if isinstance(error, TimedOut):
+                raise
+            raise StreamCut(f"the stream was cut: {error.message}") from error
         if not self.done:
             raise StreamCut("the stream ended before its end was said: the answer is not whole")
-
-
-@contextmanager
-def _cut() -> Iterator[None]:
-    """A connection that breaks here breaks a stream."""
-    try:
-        with translated():
-            yield
-    except ConnectionFailed as error:
-        raise StreamCut(f"the stream was cut: {error.message}") from error
 
 
 class Stream(_Events):
     """Iterate over its events. Raises StreamCut, TimedOut, and ServerFailed for an error event."""
 
     def __iter__(self) -> Iterator[StreamEvent]:
-        with _cut():
+        with self._reading():
             for data in self._response.iter_bytes():
                 yield from self._feed(data)
-                if self.done:
-                    return
-        self._check_end()
 
 
 class AsyncStream(_Events):
     """As `Stream`."""
 
     async def __aiter__(self) -> AsyncIterator[StreamEvent]:
-        with _cut():
+        with self._reading():
             async for data in self._response.aiter_bytes():
                 for event in self._feed(data):
                     yield event
-                if self.done:
-                    return
-        self._check_end()

@@ -24,7 +24,7 @@ from app.errors import NotReady, NumericalError, PermissionDenied, RequestError,
 from app.jobs.job import Job, JobError, Status
 from app.jobs.owner import check_owner
 from app.jobs.publisher import Publisher
-from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore
+from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, RecordDamaged
 from app.jobs.worker import COMMAND, ENDINGS, Bounds, Worker
 
 logger = logging.getLogger(__name__)
@@ -290,6 +290,8 @@ class Run:
             try:
                 self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
                 return is_open
+            except RecordDamaged:
+                raise
             except (StorageFull, NotReady) as error:
                 logger.warning("the training job %s cannot be written: %s", self._job.id, error.message)
                 if self._stopping:

@@ -33,6 +33,10 @@ WORK = "work"  # the worker's own folder
 LOG = "worker.log"
 
 
+class RecordDamaged(NotReady):
+    """A job's file is no job. Asking again is no use: somebody has to put it right."""
+
+
 class JobStore:
     """Thread-safe, and shared with other processes over the same folder. Every call blocks; see `Folders`."""
 
@@ -87,14 +91,14 @@ class JobStore:
         return found
 
     def get(self, job_id: str) -> Job:
-        """Raises ReferenceNotFound, and NotReady if its file is damaged."""
+        """Raises ReferenceNotFound, and RecordDamaged if its file is damaged."""
         data = self._folders.read(job_id, JOB)
         if data is None:
             raise unknown("ftjob")
         try:
             return Job.from_json(data)
         except ValueError:
-            raise NotReady(f"the record of the job {job_id} is damaged") from None
+            raise RecordDamaged(f"the record of the job {job_id} is damaged") from None
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are by status, of those that are not finished; for metrics."""

@@ -20,6 +20,7 @@ from app.errors import NotReady, ReferenceNotFound, SoftpromptError
 from app.jobs.job import Job
 from app.jobs.lease import Lease
 from app.jobs.run import Parts, Run
+from app.jobs.store import RecordDamaged
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,6 +78,10 @@ class Supervisor:
                 continue
             try:
                 job = await self._in_thread(partial(self._store.get, job_id))
+            except RecordDamaged as error:
+                self._over.add(job_id)  # which is said once, and looked at again after the next start
+                logger.warning("training jobs: %s", error.message)
+                continue
             except (ReferenceNotFound, NotReady) as error:
                 logger.warning("training jobs: %s", error.message)
                 continue
