@@ -222,7 +222,9 @@ def test_old_jobs_and_leftovers_go(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         made = [jobs.until(jobs.create(task=f"t{n}"), "succeeded") for n in range(3)]
         wait_until(lambda: not (jobs.folder(made[-1]) / "work").exists())
         kept = {path.name for path in jobs.folder(made[-1]).iterdir()}
-        assert kept == {"job.json", "events.jsonl", "evaluation.json", "lock", "lease"}, "the data of a finished job goes"
+        assert kept == {"job.json", "events.jsonl", "evaluation.json", "lock", "lease"}, (
+            "the data of a finished job goes"
+        )
         draft = harness.settings.training_folder / "jobs" / ".tmp-0"
         draft.mkdir()
         os.utime(draft, (1, 1))
