@@ -178,6 +178,18 @@ def test_keys_cut_into_parts(dtype: torch.dtype, window: int) -> None:
 
 
 @by_interpreter
+def test_more_parts_than_are_merged_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "_processors", lambda _: 20)
+    monkeypatch.setattr(triton_attention, "LEAST_PART", 32)
+    geometry = replace(PLAIN, num_heads=2, num_kv_heads=1, head_dim=16, max_blocks=80)
+    attention = TritonAttention(geometry)
+    rows = Rows(geometry, [1, 1], [1280, 3])
+    rows.pool[0] *= 4  # so that the largest scores differ
+    rows.compare(attention)
+    assert attention._plan is not None and attention._plan.items == 40
+
+
+@by_interpreter
 def test_a_part_in_which_a_query_sees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tile's queries the last has a window that begins where that of the first ends."""
     monkeypatch.setattr(triton_attention, "_processors", lambda _: 16)

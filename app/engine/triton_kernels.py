@@ -74,7 +74,7 @@ def attend(
         values = tl.load(v + slots[:, None] + dim[None, :], mask=wanted, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         distance = position[:, None] - key[None, :]
-        seen = (distance >= 0) & inside[None, :]
+        seen = distance >= 0  # so nothing behind `end` either: a part that is not the last ends with a turn
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
@@ -135,10 +135,11 @@ def merge(
         kept = ((slot + part).to(tl.int64) * KV_HEADS + head) * LINES + line
         log = tl.load(logs + kept, mask=part < parts, other=float("-inf"))
         results = tl.load(partial + kept[:, None] * DIM_PAD + dim[None, :], mask=(part < parts)[:, None], other=0.0)
+        # Finite from the first time on: a window leaves a line without keys for a tile's queries at most, and so many
+        # parts have more.
         new_top = tl.maximum(top, tl.max(log, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(log - base)
-        fade = tl.exp2(top - base)
+        weights = tl.exp2(log - new_top)
+        fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 0)
         found = found * fade + tl.sum(weights[:, None] * results, 0)
         top = new_top
