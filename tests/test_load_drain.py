@@ -23,10 +23,10 @@ from tests.api_harness import events, read_stream, wait_until
 from tests.load_harness import BASE, Reply, ask, tensors
 from tests.tiny import save_tiny
 
-DRAIN_TIMEOUT = 10.0
+DRAIN_TIMEOUT = 6.0
 NUM_LONG = 6
 ROWS = 80
-LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True, "stream": True}  # six outlive the drain
+LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True}  # six outlive the drain
 SHORT = {"input": ["x"] * 2, "max_tokens": 300, "ignore_eos": True}
 
 
@@ -111,7 +111,9 @@ def test_sigterm(tmp_path: Path, upload: str) -> None:
         assert done.status == 201
         uploading = server.post("/v1/tasks/mood/versions", tensors(1), kind, part=200)
         short = [server.post("/v1/generate", json.dumps(SHORT | {"stream": s}).encode()) for s in (True, False)]
-        long = [server.post("/v1/generate", json.dumps(LONG).encode()) for _ in range(NUM_LONG)]
+        # One of them is a stream: thousands of events would keep the processor from what is asked here.
+        streams = [False] * (NUM_LONG - 1) + [True]
+        long = [server.post("/v1/generate", json.dumps(LONG | {"stream": s}).encode()) for s in streams]
         wait_until(lambda: server.ask("GET", "/info").json["engine"]["waiting"] > (NUM_LONG - 1) * ROWS)
         ended: list[Any] = [None] * (2 + NUM_LONG)
         readers = [
@@ -134,8 +136,8 @@ def test_sigterm(tmp_path: Path, upload: str) -> None:
         assert events(ended[0])[-1]["usage"]["completion_tokens"] == 2 * 300
         assert len(json.loads(ended[1])["outputs"]) == 2
         assert events(ended[-1])[-1]["error"]["code"] == "not_ready"
-        for text in ended[2:]:  # finished or told
-            assert events(text)[-1].get("error", {}).get("code") in (None, "not_ready")
+        for reply in map(json.loads, ended[2:-1]):  # finished or told
+            assert "outputs" in reply or reply["code"] == "not_ready"
         with pytest.raises(ConnectionRefusedError):
             server.ask("GET", "/livez")
         uploading.close()
