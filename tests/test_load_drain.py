@@ -96,6 +96,12 @@ def serving(root: Path, **settings: Any) -> Iterator[Process]:
             process.kill()
 
 
+def in_engine(server: Process) -> int:
+    """Rows that run or wait."""
+    engine = server.ask("GET", "/info").json["engine"]
+    return int(engine["running"] + engine["waiting"])
+
+
 def published(root: Path) -> list[int]:
     """What another process finds on disk."""
     registry = Registry(Store(root / "prompts"), BASE.info)
@@ -111,6 +117,7 @@ def test_sigterm(tmp_path: Path, upload: str) -> None:
         assert done.status == 201
         uploading = server.post("/v1/tasks/mood/versions", tensors(1), kind, part=200)
         short = [server.post("/v1/generate", json.dumps(SHORT | {"stream": s}).encode()) for s in (True, False)]
+        wait_until(lambda: in_engine(server) == 2 * len(SHORT["input"]))  # they came first
         # One of them is a stream: thousands of events would keep the processor from what is asked here.
         streams = [False] * (NUM_LONG - 1) + [True]
         long = [server.post("/v1/generate", json.dumps(LONG | {"stream": s}).encode()) for s in streams]
