@@ -40,11 +40,7 @@ def self_check_tolerance(dtype: torch.dtype, num_layers: int, quantization: Quan
     weights was 13 eps away, allowed are 32. In bfloat16 that is 0.25 up to 28 layers, 0.27 at 32 and 0.42 at 80; in
     float32 all of it is far below `TOLERANCE`.
     """
-<<<<<<< HEAD
-    noise: float = torch.finfo(dtype).eps * max(32.0, 6 * num_layers**0.5)
-=======
     noise = torch.finfo(dtype).eps * max(32.0, 6.0 * math.sqrt(num_layers))
->>>>>>> triton
     return min(MOST_TOLERANCE, max(INT8_TOLERANCE if quantization else TOLERANCE, noise))
 
 
