@@ -15,7 +15,7 @@ ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
-# For the native decoder, which the image brings ready: it has no compiler itself.
+# For the native decoder, which the image brings ready.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*
@@ -35,6 +35,11 @@ FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="softprompt" \
       org.opencontainers.image.description="One frozen language model, many soft prompts, chosen per request" \
       org.opencontainers.image.licenses="Apache-2.0"
+# Triton compiles the launchers of its kernels when they are first used; without a GPU: --build-arg GPU_PACKAGES="".
+ARG GPU_PACKAGES="gcc libc6-dev"
+RUN if [ -n "$GPU_PACKAGES" ]; then apt-get update \
+ && apt-get install -y --no-install-recommends $GPU_PACKAGES \
+ && rm -rf /var/lib/apt/lists/*; fi
 RUN groupadd --gid 10001 softprompt \
  && useradd --uid 10001 --gid 10001 --home-dir /data/cache --no-create-home --shell /usr/sbin/nologin softprompt \
  && install -d -o 10001 -g 10001 /data /data/prompts /data/cache

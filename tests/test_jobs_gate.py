@@ -122,6 +122,11 @@ def test_an_interval_that_holds_zero_is_not_enough() -> None:
     assert one_better.current == "t:1" and one_better.metric == "accuracy" and one_better.rows == 20
     half_better = judge("latest", new, answered("t:1", ["a"] * 10 + ["b"] * 10, "a", labels), seed=0)
     assert half_better.moved and half_better.interval is not None and half_better.interval[0] > 0
+    few_better = judge("latest", new, answered("t:1", ["a"] * 16 + ["b"] * 4, "a", labels), seed=0)
+    assert few_better.interval is not None and few_better.interval[0] > 0 and not few_better.moved, "1 in 16"
+    assert "better in 4 rows and worse in 0" in few_better.reason
+    six_better = judge("latest", new, answered("t:1", ["a"] * 14 + ["b"] * 6, "a", labels), seed=0)
+    assert six_better.moved
     none_better = judge("latest", new, answered("t:1", ["a"] * 20, "a", labels), seed=0)
     assert not none_better.moved and none_better.interval == (0.0, 0.0)
     text = judge("latest", answered("t:2", ["a b c d"], "a b c d"), answered("t:1", ["a b x y"], "a b c d"), seed=0)

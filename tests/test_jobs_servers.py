@@ -192,11 +192,16 @@ def test_damaged_records_cost_themselves_only(tmp_path: Path) -> None:
         bad, good = jobs.create(script="step hold", task="bad"), jobs.create(task="good")
         jobs.until(bad, "running")
         jobs.ask(bad, "pause")
+        whole = (jobs.folder(bad) / "job.json").read_bytes()
         (jobs.folder(bad) / "job.json").write_bytes(b'{"id": 7}')
         assert jobs.until(good, "succeeded", "failed")["status"] == "succeeded"
         reply = client.get(f"/v1/fine_tuning/jobs/{bad['id']}")
         assert reply.status_code == 503 and "damaged" in reply.json()["detail"]
         assert [job["id"] for job in client.get("/v1/fine_tuning/jobs").json()["data"]] == [good["id"]]
+        (jobs.folder(bad) / "job.json").write_bytes(whole)
+        jobs.ask(bad, "resume")
+        jobs.until(bad, "running")  # whoever puts it right has it go on
+        jobs.ask(bad, "cancel")
 
 
 def test_a_line_that_was_cut_off_is_no_event(tmp_path: Path) -> None:

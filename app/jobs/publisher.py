@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,7 +18,15 @@ import anyio.to_thread
 from app.base_model import BaseModel
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
 from app.engine import Engine
-from app.errors import NotReady, PreconditionFailed, ReferenceNotFound, SoftpromptError
+from app.errors import (
+    EngineFailed,
+    InvalidTrainingData,
+    NotReady,
+    Overloaded,
+    PreconditionFailed,
+    ReferenceNotFound,
+    SoftpromptError,
+)
 from app.jobs.gate import Verdict, judge
 from app.jobs.job import Job
 from app.manifest import BaseReference, Defaults, ManifestInput
@@ -26,11 +35,13 @@ from app.registry.log import sha256
 from app.soft_prompt import SoftPrompt
 from app.text import Template
 from app.train.data import Row, read_rows
-from app.train.evaluate import DEFAULT_ANSWER_TOKENS, Evaluator
+from app.train.evaluate import BUSY_SECONDS, DEFAULT_ANSWER_TOKENS, Evaluator
 from app.train.evaluation import Evaluation
 from app.train.report import thinned
 
 T = TypeVar("T")
+
+LOAD_ATTEMPTS = 120  # a minute
 
 MAX_CLASSIFIED, MAX_GENERATED = 500, 100  # validation rows that are scored, a seeded sample
 ROWS_IN_FLIGHT = 4  # of a batch that users share
@@ -71,8 +82,10 @@ class Publisher:
         May be called again for what it did before: the same files give the same version. Raises SoftpromptError.
         """
         trained = await self._in_thread(partial(self._read, job, work))
+        if not trained.rows:
+            raise InvalidTrainingData(f"no validation row is of the task {job.task}, so its version cannot be scored")
         try:
-            await self._engine.load(trained.prompt)
+            await self._load(trained.prompt)
             found = await self._evaluator(job, trained.labels).evaluate(trained.prompt, trained.template, trained.rows)
             summary = await self._in_thread(partial(found.summary, job.seed))
             measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": summary["scores"]}
@@ -86,6 +99,15 @@ class Publisher:
             verdict = await self._in_thread(partial(self._move, job, version, verdict, etag))
         result = {"metrics": measured, "gate": None if verdict is None else verdict.as_dict()}
         return version.reference, result, summary | {"name": version.reference}
+
+    async def _load(self, prompt: SoftPrompt) -> None:
+        """An engine that others keep busy, or that starts again, is waited for: a whole training hangs on it."""
+        for _ in range(LOAD_ATTEMPTS):
+            try:
+                return await self._engine.load(prompt)
+            except (Overloaded, NotReady, EngineFailed):
+                await asyncio.sleep(BUSY_SECONDS)
+        return await self._engine.load(prompt)
 
     def _store(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> Version:
         """A new version, or the one that was published before this server or another one died."""

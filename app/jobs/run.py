@@ -90,6 +90,11 @@ class Run:
                 await self._tell("error", f"The job is paused: {error.message}")
         except _Crashed as crash:
             await self._crashed(str(crash))
+        except SoftpromptError:
+            raise
+        except Exception as error:  # a bug of ours: without a count the job would begin again for ever
+            logger.exception("the training job %s met an error that nobody foresaw", self._job.id)
+            await self._crashed(f"there was an internal error ({type(error).__name__})")
 
     async def _check(self) -> None:
         await self._tell("info", f"Validating training file: {self._job.training_file}")

@@ -10,13 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
 import anyio
 import anyio.to_thread
 
-from app.errors import NotReady, ReferenceNotFound, SoftpromptError
+from app.errors import SoftpromptError
 from app.jobs.job import Job
 from app.jobs.lease import Lease
 from app.jobs.run import Parts, Run
@@ -40,6 +41,7 @@ class Supervisor:
         self._threads = anyio.CapacityLimiter(1)  # its own: a disk that hangs holds up nothing else
         self._poke = asyncio.Event()
         self._over: set[str] = set()  # jobs that need nothing any more
+        self._damaged: set[str] = set()  # jobs whose record is, as was said already
         self._running: dict[str, tuple[Run, asyncio.Task[None]]] = {}
 
     def wake(self) -> None:
@@ -77,35 +79,39 @@ class Supervisor:
             if job_id in self._over or job_id in self._running:
                 continue
             try:
-                job = await self._in_thread(partial(self._store.get, job_id))
+                await self._look_at(job_id)
             except RecordDamaged as error:
-                self._over.add(job_id)  # which is said once, and looked at again after the next start
+                if job_id not in self._damaged:  # said once; whoever puts it right has it go on
+                    self._damaged.add(job_id)
+                    logger.warning("training jobs: %s", error.message)
+            except SoftpromptError as error:  # which keeps no other job from its turn
                 logger.warning("training jobs: %s", error.message)
-                continue
-            except (ReferenceNotFound, NotReady) as error:
-                logger.warning("training jobs: %s", error.message)
-                continue
-            if job.is_finished:
-                await self._tidy(job)
-            elif job.status != "paused":
-                await self._begin(job)
+
+    async def _look_at(self, job_id: str) -> None:
+        job = await self._in_thread(partial(self._store.get, job_id))
+        self._damaged.discard(job_id)
+        if job.is_finished:
+            await self._tidy(job)
+        elif job.status != "paused":
+            await self._begin(job)
 
     async def _begin(self, job: Job) -> None:
         kind, count = ("train", self._parts.settings.max_training_jobs) if job.is_checked else ("check", 1)
-        slot = await self._in_thread(partial(self._store.slot, kind, count))
-        if slot is None:
-            return
-        lease = await self._in_thread(partial(self._store.lease, job.id))
-        if lease is None:
-            slot.release()
-            return
-        # Another server may have had it since it was looked at.
-        now = await self._in_thread(partial(self._store.get, job.id))
-        if now.status != job.status or now.is_checked != job.is_checked:
-            lease.release()
-            slot.release()
-            self.wake()
-            return
+        with ExitStack() as held:
+            slot = await self._in_thread(partial(self._store.slot, kind, count))
+            if slot is None:
+                return
+            held.callback(slot.release)
+            lease = await self._in_thread(partial(self._store.lease, job.id))
+            if lease is None:
+                return
+            held.callback(lease.release)
+            # Another server may have had it since it was looked at.
+            now = await self._in_thread(partial(self._store.get, job.id))
+            if now.status != job.status or now.is_checked != job.is_checked:
+                self.wake()
+                return
+            held.pop_all()  # the run has them now
         run = Run(self._parts, now, [lease.fileno(), slot.fileno()])
         self._running[job.id] = (run, asyncio.create_task(self._carry_out(run, job.id, [lease, slot])))
 

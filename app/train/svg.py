@@ -97,7 +97,7 @@ def reliability_diagram(bins: Sequence[ReliabilityBin]) -> str:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """With room around a single value."""
     low, high = min(values), max(values)
-    if low < high:
+    if high - low > 1e-12 * max(1.0, abs(high)):  # closer ones are one value, and have no ticks between them
         return low, high
     room = abs(low) / 2 or 1.0
     return low - room, high + room

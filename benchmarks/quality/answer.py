@@ -33,7 +33,7 @@ async def answer(engine: Engine, base: BaseModel, folder: Path, data: Path, told
         max_tokens=task.max_tokens,
         stop=["\n"],
     )
-    return await evaluator.predict(prompt, task.template, splits.test)
+    return list((await evaluator.evaluate(prompt, task.template, splits.test)).answers)
 
 
 def main() -> None:

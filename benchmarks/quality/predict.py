@@ -60,16 +60,19 @@ def generate(
     inputs: Sequence[str],
     *,
     max_tokens: int,
-    batch_size: int = 256,
 ) -> list[str]:
     """Greedy answers up to the end of the first line, as the shipped prompts stop."""
     prompts = tokenizer([template.prompt(text) for text in inputs])["input_ids"]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     end = tokenizer.eos_token_id
     answers = [""] * len(inputs)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
+    first = 0
+    while first < len(order):
+        # The longest comes last: so many rows that all keys and values have room.
+        count = max(1, 2 * TOKENS_AT_ONCE // (len(prompts[order[first]]) + max_tokens))
+        chosen = order[first : first + count]
+        width = len(prompts[chosen[-1]])
+        first += len(chosen)
         ids = torch.tensor([[end] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
         runs: Any = model

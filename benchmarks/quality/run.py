@@ -7,6 +7,7 @@ are processes, each with a model of its own: on a GPU several keep it busy, on a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -39,7 +40,7 @@ SOFT: dict[str, dict[str, Any]] = {  # of the recipe
     "soft100": {"num_virtual_tokens": 100, "learning_rate": 0.3},
     "residual20": {"num_virtual_tokens": 20, "residual": True},
     "prefix20": {"method": "prefix_tuning", "num_virtual_tokens": 20},
-    # Keys and values that begin as those of solved examples.
+    # Keys and values that begin as those of the instruction and what fits of solved examples.
     "cartridge64": {"method": "cartridge", "num_virtual_tokens": 64},
 }
 
@@ -193,18 +194,24 @@ def work(study: Study, todo: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 8) if study.device == "cuda" else os.cpu_count() or 1)
     while time.time() < study.deadline:
         try:
-            cell: Cell = todo.get_nowait()
+            cell: Cell = todo.get(timeout=10)  # not at once: another process may hold the lock
         except queue.Empty:
             return
         path = study.out / f"{cell.name}.json"
         if path.exists():
             continue
         began = time.time()
+        if study.device == "cuda":  # what the cell before had at most is others' now
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             found = do(study, cell)
         except OutOfTime:
             print(f"{cell.name}: no time", flush=True)
             return
+        except torch.OutOfMemoryError:
+            print(f"{cell.name}: no memory, with {study.device} shared; run again with fewer workers", flush=True)
+            continue
         except Exception:
             print(f"{cell.name}: FAILED\n{traceback.format_exc()}", flush=True)
             continue

@@ -36,7 +36,8 @@ class StudyTask:
     def few_shot(self, rows: Sequence[Row]) -> Template:
         """The instruction and solved examples before the input (in-context learning; Brown et al. 2020)."""
         shown = "\n\n".join(f"{row.input}\n{self.heading}: {row.target}" for row in rows)
-        return Template(f"{self.instruction}\n\n{shown}\n\n{{input}}\n{self.heading}:")
+        parts = (self.instruction, shown, f"{{input}}\n{self.heading}:")
+        return Template("\n\n".join(part for part in parts if part))
 
 
 TASKS = {
