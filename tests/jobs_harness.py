@@ -76,6 +76,11 @@ class Jobs:
         """The job once it has one of these."""
         return self.wait(job, lambda found: found["status"] in statuses)
 
+    def holds(self, job: dict[str, Any], step: int) -> None:
+        """Wait until its worker is at the `once:hold` behind that step: it says the step first, and then gets there."""
+        mark = self.folder(job) / "work" / "did-hold"
+        self.wait(job, lambda found: found["step"] == step and mark.exists())
+
     def wait(self, job: dict[str, Any], condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         last: list[dict[str, Any]] = []
 

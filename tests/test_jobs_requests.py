@@ -254,7 +254,7 @@ def test_a_deleted_file_takes_nothing_from_a_job(jobs: Jobs, client: TestClient)
     file = jobs.upload(jsonl(ROWS))
     job = jobs.create(file, script="step once:hold step")
     assert client.delete(f"/v1/files/{file}").status_code == 200
-    jobs.wait(job, lambda found: found["step"] == 1)
+    jobs.holds(job, 1)
     jobs.ask(job, "pause")
     jobs.ask(job, "resume")
     assert jobs.until(job, "succeeded", "failed")["status"] == "succeeded"

@@ -44,7 +44,7 @@ def test_a_server_that_ends_lets_its_job_go_on_in_the_next(tmp_path: Path) -> No
     with harness.client() as client:
         jobs = Jobs(harness, client)
         job = jobs.create(script="note step step once:hold step")
-        jobs.wait(job, lambda found: found["step"] == 2)
+        jobs.holds(job, 2)
     record = jobs.record(job)
     assert record.status == "queued" and record.crashes == 0
     with pytest.raises(ProcessLookupError):
@@ -61,7 +61,7 @@ def test_a_killed_server_s_worker_keeps_the_job_until_it_is_gone(tmp_path: Path)
     with harness.client() as client:
         jobs = Jobs(harness, client)
         job = jobs.create(script="step once:hold step")
-        jobs.wait(job, lambda found: found["step"] == 1)
+        jobs.holds(job, 1)
     store: JobStore = harness.app.state.jobs
     store.change(job["id"], lambda found: replace(found, status="running"))
     lease = store.lease(job["id"])
@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.Mon
         jobs = Jobs(harness, client)
         file = jobs.upload()
         job = jobs.create(file, script="step once:hold step")
-        jobs.wait(job, lambda found: found["step"] == 1)
+        jobs.holds(job, 1)
         full = True
         for reply in (
             client.post("/v1/files", files={"file": b"{}"}, data={"purpose": "fine-tune"}),

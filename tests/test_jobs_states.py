@@ -129,7 +129,7 @@ def test_a_cancelled_job_is_never_published_even_if_nobody_looks(jobs: Jobs, mon
 
 def test_pause_and_resume(jobs: Jobs) -> None:
     job = jobs.create(script="note step once:hold step")
-    jobs.wait(job, lambda found: found["step"] == 1)
+    jobs.holds(job, 1)
     assert jobs.ask(job, "resume").status_code == 400
     assert jobs.ask(job, "pause").json()["status"] == "paused"
     assert jobs.ask(job, "pause").status_code == 400

@@ -56,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write every cell there too: its scores, without its answers")
     arguments = parser.parse_args()
+    kept_cells: list[Cell] = []
     cells = read_cells(arguments.out)
     methods = {method for found in cells.values() for method in found}
     ours = sorted(methods - {*TOLD, *MODEL_CHANGING})
@@ -68,6 +70,9 @@ def main() -> None:
         test = read_rows(arguments.data / name / "test.jsonl", references=True)
         train = [(row.input, row.target) for row in task.splits(arguments.data).train]
         inputs = [row.input for row in test]
+        for cell in (cell for of_method in cells[name].values() for cell in of_method):
+            scores = evaluation(task, test, cell["method"], cell["answers"]).scores
+            kept_cells.append({key: value for key, value in cell.items() if key != "answers"} | {"scores": scores})
         floor = naive_bayes(train, inputs) if task.classify else inputs
         kept = {method: least_loss(cells[name][method]) for method in columns if cells[name].get(method)}
         found = {method: evaluation(task, test, method, cell["answers"]) for method, cell in kept.items()}
@@ -85,6 +90,8 @@ def main() -> None:
         for method, cell in kept.items():
             if "bytes" in cell:
                 costs[method].append((cell["bytes"], cell["train_seconds"], cell["steps"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(kept_cells, indent=1) + "\n", encoding="utf-8")
     extra = ["best of ours", "% of full", "95 % of the difference"]
     print(table(["task", "score", "floor", *columns, *extra], rows))
     if ratios:
