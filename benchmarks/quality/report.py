@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="write every cell there too: its scores, without its answers")
+    parser.add_argument("--json", type=Path, help="write every cell there too: its scores, without texts")
     arguments = parser.parse_args()
     kept_cells: list[Cell] = []
     cells = read_cells(arguments.out)
@@ -72,7 +72,7 @@ def main() -> None:
         inputs = [row.input for row in test]
         for cell in (cell for of_method in cells[name].values() for cell in of_method):
             scores = evaluation(task, test, cell["method"], cell["answers"]).scores
-            kept_cells.append({key: value for key, value in cell.items() if key != "answers"} | {"scores": scores})
+            kept_cells.append({key: value for key, value in cell.items() if key not in ("answers", "recipe")} | {"scores": scores})
         floor = naive_bayes(train, inputs) if task.classify else inputs
         kept = {method: least_loss(cells[name][method]) for method in columns if cells[name].get(method)}
         found = {method: evaluation(task, test, method, cell["answers"]) for method, cell in kept.items()}
