@@ -72,7 +72,8 @@ def main() -> None:
         inputs = [row.input for row in test]
         for cell in (cell for of_method in cells[name].values() for cell in of_method):
             scores = evaluation(task, test, cell["method"], cell["answers"]).scores
-            kept_cells.append({key: value for key, value in cell.items() if key not in ("answers", "recipe")} | {"scores": scores})
+            told = {key: value for key, value in cell.items() if key not in ("answers", "recipe")}
+            kept_cells.append(told | {"scores": scores})
         floor = naive_bayes(train, inputs) if task.classify else inputs
         kept = {method: least_loss(cells[name][method]) for method in columns if cells[name].get(method)}
         found = {method: evaluation(task, test, method, cell["answers"]) for method, cell in kept.items()}
