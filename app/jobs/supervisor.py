@@ -41,6 +41,7 @@ class Supervisor:
         self._threads = anyio.CapacityLimiter(1)  # its own: a disk that hangs holds up nothing else
         self._poke = asyncio.Event()
         self._over: set[str] = set()  # jobs that need nothing any more
+        self._full: set[str] = set()  # kinds of which an older job found no place in this turn: it comes first
         self._damaged: set[str] = set()  # jobs whose record is, as was said already
         self._running: dict[str, tuple[Run, asyncio.Task[None]]] = {}
 
@@ -75,6 +76,7 @@ class Supervisor:
             await asyncio.gather(*(task for _, task in self._running.values()), return_exceptions=True)
 
     async def _turn(self) -> None:
+        self._full.clear()
         for job_id in reversed(await self._in_thread(self._store.ids)):
             if job_id in self._over or job_id in self._running:
                 continue
@@ -97,9 +99,12 @@ class Supervisor:
 
     async def _begin(self, job: Job) -> None:
         kind, count = ("train", self._parts.settings.max_training_jobs) if job.is_checked else ("check", 1)
+        if kind in self._full:
+            return
         with ExitStack() as held:
             slot = await self._in_thread(partial(self._store.slot, kind, count))
             if slot is None:
+                self._full.add(kind)
                 return
             held.callback(slot.release)
             lease = await self._in_thread(partial(self._store.lease, job.id))
