@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from app.errors import EngineFailed, NotReady, Overloaded
+from app.jobs.job import Job
+from app.jobs.lease import Lease
+from app.jobs.publisher import Publisher
+from app.soft_prompt import SoftPrompt
 from tests.api_harness import Harness, wait_until
 from tests.jobs_harness import Jobs, fast_jobs
 
@@ -155,8 +161,94 @@ def test_one_at_a_time_the_oldest_first(jobs: Jobs) -> None:
     assert jobs.ask(third, "pause").status_code == 400
 
 
+def test_a_place_that_becomes_free_in_the_middle_of_a_look_goes_to_the_oldest(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, is_taken, refusals = jobs.harness.app.state.jobs, True, 0
+    slot = store.slot
+
+    def freed_after_one_look(kind: str, count: int) -> Lease | None:
+        nonlocal refusals
+        if kind == "train" and (is_taken or refusals == 0):
+            refusals += not is_taken
+            return None
+        return slot(kind, count)
+
+    monkeypatch.setattr(store, "slot", freed_after_one_look)
+    second, third = (jobs.create(script="step", task=task) for task in ("second", "third"))
+    for job in (second, third):
+        jobs.until(job, "queued")
+    is_taken = False
+    jobs.until(third, "succeeded")
+    assert refusals == 1 and jobs.get(second)["status"] == "succeeded"
+
+
 def test_a_full_disk_pauses_it(jobs: Jobs) -> None:
     job = jobs.until(jobs.create(script="step once:full step"), "paused")
     assert any("storage of training jobs is full" in message for message in jobs.messages(job))
     jobs.ask(job, "resume")
     assert jobs.until(job, "succeeded", "failed")["step"] == 3
+
+
+def test_an_error_that_nobody_foresaw_ends_a_job_and_not_the_queue(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = Publisher.publish
+
+    async def broken(self: Publisher, job: Job, *args: Any, **kwargs: Any) -> Any:
+        if job.task == "bad":
+            raise KeyError("a bug")
+        return await publish(self, job, *args, **kwargs)
+
+    monkeypatch.setattr(Publisher, "publish", broken)
+    bad, good = jobs.create(task="bad"), jobs.create(task="good")
+    found = jobs.until(bad, "succeeded", "failed")
+    assert found["error"]["code"] == "training_crashed" and "KeyError" in found["error"]["message"]
+    assert "a bug" not in str(found), "what a bug says may quote anything"
+    assert jobs.until(good, "succeeded", "failed")["status"] == "succeeded"
+
+
+def test_a_busy_engine_is_waited_for(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.jobs.publisher.BUSY_SECONDS", 0.01)
+    engine, asked = jobs.harness.engine, 0
+    load = engine.load
+
+    async def busy(prompt: SoftPrompt) -> None:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            raise (Overloaded("x"), NotReady("x"), EngineFailed("x"))[asked - 1]
+        await load(prompt)
+
+    monkeypatch.setattr(engine, "load", busy)
+    job = jobs.until(jobs.create(), "succeeded", "failed")
+    assert job["status"] == "succeeded" and asked >= 4
+    assert not any("started again" in message for message in jobs.messages(job))
+
+
+def test_a_lease_that_cannot_be_had_costs_no_place(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, failures = jobs.harness.app.state.jobs, 0
+    lease = store.lease
+
+    def once_broken(job_id: str) -> Lease | None:
+        nonlocal failures
+        failures += 1
+        if failures <= 2:
+            raise NotReady("the disk")
+        return lease(job_id)
+
+    monkeypatch.setattr(store, "lease", once_broken)
+    assert jobs.until(jobs.create(), "succeeded", "failed")["status"] == "succeeded" and failures > 2
+
+
+def test_a_job_that_cannot_be_tidied_stops_no_other(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, failures = jobs.harness.app.state.jobs, 0
+    first = jobs.create(script="step hold", task="first")
+    jobs.until(first, "running")
+
+    def broken(_: str) -> None:
+        nonlocal failures
+        failures += 1
+        raise NotReady("the disk")
+
+    monkeypatch.setattr(store, "tidy", broken)
+    jobs.ask(first, "cancel")
+    assert jobs.until(jobs.create(task="second"), "succeeded", "failed")["status"] == "succeeded" and failures

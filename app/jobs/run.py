@@ -21,7 +21,9 @@ from app.access import Access, AuditEntry
 from app.base_model import BaseModel
 from app.config import Settings
 from app.errors import NotReady, NumericalError, PermissionDenied, RequestError, SoftpromptError, StorageFull
+from app.jobs.ending import MAX_MESSAGE, Changed, Crashed, Failed, Refused
 from app.jobs.job import Job, JobError, Status
+from app.jobs.moves import failed, halted, requeued, stepped, succeeded, trained
 from app.jobs.owner import check_owner
 from app.jobs.publisher import Publisher
 from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, RecordDamaged
@@ -36,7 +38,6 @@ POLL = 1.0  # seconds between two looks at what is asked of a job under way
 SAVE_EVERY = 2.0  # seconds between two notes of how far it is
 GRACE = 15.0  # seconds a worker gets to save its state
 MAX_CRASHES = 3  # in a row, without a step forward
-MAX_MESSAGE = 2_000  # characters
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,20 @@ class Run:
         """Until the job is to do something else, or nothing more. Raises SoftpromptError if that cannot be written."""
         try:
             await (self._train() if self._job.is_checked else self._check())
-        except _Changed:
+        except Changed:
             # NOTE: without an expectation: by now it may be cancelled or paused, which stays.
-            await self._persist(_requeued)
-        except _Failed as failure:
+            await self._persist(requeued)
+        except Failed as failure:
             error = failure.error
-            if isinstance(failure, _Refused):
+            if isinstance(failure, Refused):
                 await self._tell_problems(failure)
-            if await self._persist(partial(_failed, error=error, now=int(time.time()))):
+            if await self._persist(partial(failed, error=error, now=int(time.time()))):
                 await self._tell("error", f"The job failed: {error.message}", data={"code": error.code})
         except StorageFull as error:
             # Nothing is lost: whoever makes room can resume it.
-            if await self._persist(_paused):
+            if await self._persist(halted):
                 await self._tell("error", f"The job is paused: {error.message}")
-        except _Crashed as crash:
+        except Crashed as crash:
             await self._crashed(str(crash))
         except SoftpromptError:
             raise
@@ -111,7 +112,7 @@ class Run:
         self._expected = "running"
         await self._tell("info", "Fine-tuning job goes on" if self._job.step else "Fine-tuning job started")
         report = (await self._work("train"))["report"]
-        await self._advance(partial(_trained, report=report))
+        await self._advance(partial(trained, report=report))
         await self._tell("info", "Training has ended; the result is being scored", data={"stopped": report["stopped"]})
         await self._publish()
 
@@ -130,11 +131,11 @@ class Run:
                     await self._watch()
             reference, result, evaluation = publishing.result()
         except (NumericalError, RequestError) as error:
-            raise _Failed(error.code, error.message) from None
+            raise Failed(error.code, error.message) from None
         except StorageFull:
             raise
         except SoftpromptError as error:
-            raise _Crashed(f"the result could not be published: {error.message}") from None
+            raise Crashed(f"the result could not be published: {error.message}") from None
         finally:
             publishing.cancel()
             await asyncio.gather(publishing, return_exceptions=True)
@@ -143,7 +144,7 @@ class Run:
         )
         self._access.audit(entry)
         await self._keep(evaluation)
-        if not await self._persist(partial(_succeeded, reference=reference, result=result, now=int(time.time()))):
+        if not await self._persist(partial(succeeded, reference=reference, result=result, now=int(time.time()))):
             return
         gate = result["gate"]
         if gate is not None:
@@ -155,7 +156,7 @@ class Run:
     async def _work(self, action: Action) -> dict[str, Any]:
         """Run a worker to its end and return its last message.
 
-        Raises _Failed, _Crashed and StorageFull, and _Changed if the job is to stop, always after the worker's end.
+        Raises Failed, Crashed and StorageFull, and Changed if the job is to stop, always after the worker's end.
         """
         self._check_owner()
         settings, folder = self._settings, self._store.folder(self._job.id)
@@ -163,13 +164,13 @@ class Run:
         try:
             worker = await Worker.start(COMMAND, self._order(action), folder / LOG, bounds, self._leases)
         except OSError as error:
-            raise _Crashed(f"no worker could be started: {error.strerror}") from None
+            raise Crashed(f"no worker could be started: {error.strerror}") from None
         last: dict[str, Any] | None = None
         grace = 0.0
         try:
             last = await self._listen(worker)
             grace = GRACE
-        except (_Changed, _Failed):
+        except (Changed, Failed):
             worker.terminate()
             grace = GRACE
             raise
@@ -192,25 +193,25 @@ class Run:
             if message:
                 heard_at = now
             elif now - heard_at > self._settings.training_silence:
-                raise _Crashed("the worker was silent for too long and was killed")
+                raise Crashed("the worker was silent for too long and was killed")
             if message.get("kind") == "step":
                 await self._note_step(message, before + now - begun_at)
             if before + now - begun_at > self._settings.training_timeout:
-                raise _Failed("timeout", f"the job took more than {self._settings.training_timeout:.0f} seconds")
+                raise Failed("timeout", f"the job took more than {self._settings.training_timeout:.0f} seconds")
             await self._watch()
 
     def _outcome(self, last: dict[str, Any] | None, status: int) -> dict[str, Any]:
         if last is None:
-            raise _Crashed(f"the worker ended with status {status}")
+            raise Crashed(f"the worker ended with status {status}")
         match last["kind"]:
             case "refused":
-                raise _Refused(last)
+                raise Refused(last)
             case "failed":
-                raise _Failed(last["code"], last["message"])
+                raise Failed(last["code"], last["message"])
             case "full":
                 raise StorageFull("the storage of training jobs is full")
             case "stopped":
-                raise _Changed
+                raise Changed
         return last
 
     async def _note_step(self, step: dict[str, Any], seconds: float) -> None:
@@ -220,7 +221,7 @@ class Run:
             return
         self._saved_at = now
         left = (step["max_steps"] - step["step"]) * step["seconds"] / max(1, step["step"])
-        await self._advance(partial(_stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
+        await self._advance(partial(stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
         if validated:
             metrics = {
                 "step": step["step"],
@@ -232,25 +233,25 @@ class Run:
             await self._tell("info", f"{told}{step['validation_loss']:.4f}", metrics=metrics)
 
     async def _watch(self) -> None:
-        """Raises _Changed if the job is to stop, and _Failed if its owner may no longer have it."""
+        """Raises Changed if the job is to stop, and Failed if its owner may no longer have it."""
         if self._stopping:
-            raise _Changed
+            raise Changed
         now = time.monotonic()
         if now - self._watched_at < POLL:
             return
         self._watched_at = now
         job = await self._in_thread(partial(self._store.get, self._job.id))
         if job.status != self._expected:
-            raise _Changed
+            raise Changed
         self._check_owner()
 
     def _check_owner(self) -> None:
         try:
             check_owner(self._access, self._job)
         except PermissionDenied as error:
-            raise _Failed(error.code, error.message) from None
+            raise Failed(error.code, error.message) from None
 
-    async def _tell_problems(self, refusal: _Refused) -> None:
+    async def _tell_problems(self, refusal: Refused) -> None:
         for problem in refusal.problems:
             where = f"{problem['file']}, line {problem['line']}"
             await self._tell("error", f"{where}: {problem['message']}", data=problem)
@@ -260,7 +261,7 @@ class Run:
     async def _crashed(self, why: str) -> None:
         def count(job: Job) -> Job:
             crashes = job.crashes + 1 if job.step <= job.crash_step else 1
-            return replace(_requeued(job), crashes=crashes, crash_step=job.step)
+            return replace(requeued(job), crashes=crashes, crash_step=job.step)
 
         if not await self._persist(count):
             return
@@ -269,16 +270,16 @@ class Run:
             return
         message = f"it was started {MAX_CRASHES} times and got no further; the last time {why}"
         error = JobError("training_crashed", message)
-        if await self._persist(partial(_failed, error=error, now=int(time.time()))):
+        if await self._persist(partial(failed, error=error, now=int(time.time()))):
             await self._tell("error", f"The job failed: {message}")
 
     async def _advance(self, change: Change) -> None:
-        """Raises _Changed if the job is no longer in the state in which this run knows it."""
+        """Raises Changed if the job is no longer in the state in which this run knows it."""
         expected = self._expected
 
         def decide(job: Job) -> Job:
             if job.status != expected:
-                raise _Changed
+                raise Changed
             return change(job)
 
         self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
@@ -347,65 +348,3 @@ class Run:
                 "dtype": str(base.dtype).removeprefix("torch."),
             },
         }
-
-
-class _Changed(Exception):
-    """The job is no longer to be run here and now: cancelled, paused, or the server ends."""
-
-
-class _Failed(Exception):
-    """The job is at its end."""
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.error = JobError(code, message[:MAX_MESSAGE], param)
-
-
-class _Refused(_Failed):
-    """By the check of its data."""
-
-    def __init__(self, found: dict[str, Any]) -> None:
-        super().__init__(found["code"], found["message"], found["param"])
-        self.problems: list[dict[str, Any]] = found["problems"]
-        self.counts: dict[str, int] = found["counts"]
-
-
-class _Crashed(Exception):
-    """The worker ended without a word, or had to be killed; another one may get further."""
-
-
-def _requeued(job: Job) -> Job:
-    """To go on later; what is paused or over stays so."""
-    if job.status != "running":
-        return job
-    return replace(job, status="queued", is_publishing=False, estimated_finish=None)
-
-
-def _paused(job: Job) -> Job:
-    return replace(job, status="paused", is_publishing=False, estimated_finish=None)
-
-
-def _failed(job: Job, *, error: JobError, now: int) -> Job:
-    over = replace(job, status="failed", error=error, finished_at=now)
-    return replace(over, is_publishing=False, estimated_finish=None)
-
-
-def _stepped(job: Job, *, step: dict[str, Any], seconds: float, finish: int) -> Job:
-    return replace(
-        job,
-        step=step["step"],
-        max_steps=step["max_steps"],
-        trained_tokens=step["trained_tokens"],
-        seconds=seconds,
-        estimated_finish=finish,
-        crashes=0 if step["step"] > job.crash_step else job.crashes,
-    )
-
-
-def _trained(job: Job, *, report: dict[str, Any]) -> Job:
-    return replace(job, step=report["steps"], trained_tokens=report["trained_tokens"], report=report)
-
-
-def _succeeded(job: Job, *, reference: str, result: dict[str, Any], now: int) -> Job:
-    over = replace(job, status="succeeded", fine_tuned_model=reference, result=result, finished_at=now)
-    return replace(over, is_publishing=False, estimated_finish=None)
