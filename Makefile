@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS ?= .venv-clients
+TRITON ?= .triton
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model run test test-long test-guides test-clients check format train bench gpu-check docker-check deploy-check ci clean
+.PHONY: help setup model run test test-long test-guides test-clients test-triton check format train bench gpu-check docker-check deploy-check ci clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,10 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.
 	$(CLIENTS)/bin/python -m pip install -r tests/clients/requirements.txt -c tests/clients/constraints.txt
 	@touch $@
 
+test-triton: setup ## Run the attention kernel of GPUs without one, by Triton's interpreter (installs Triton, 200 MB)
+	test -d $(TRITON)/triton || $(BIN)/python -m pip install --no-deps --target $(TRITON) triton==3.6.0
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton_attention.py
+
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,5 +75,5 @@ deploy-check: setup ## Hold deploy/ to promtool, systemd-analyze and the schemas
 ci: check test ## What CI runs
 
 clean: ## Remove the virtual environment and caches; the base model's cache stays
-	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(TRITON) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find app benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

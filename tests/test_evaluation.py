@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import InvalidTrainingData
+from app.errors import InvalidTrainingData, NumericalError
 from app.manifest import Calibration
 from app.soft_prompt import SoftPrompt
 from app.text import Template
@@ -220,3 +220,32 @@ def test_a_long_curve_is_thinned() -> None:
     assert len(short) == MAX_POINTS and short[0]["step"] == 1 and short[-1]["step"] == 1000
     assert short[0]["train_loss"] == 0.333333 and thinned(curve[:3])[2]["step"] == 3
     assert [point["step"] for point in short] == sorted({point["step"] for point in short})
+
+
+def test_a_row_that_fails_ends_the_others_and_labels_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, asked, ended = tiny_tokenizer(), 0, 0
+    engine = FakeEngine([1])
+    encoded: list[str] = []
+    template = Template("{input}:")
+    monkeypatch.setattr(Template, "target", lambda _, label: encoded.append(label) or f" {label}")
+
+    async def score(*_: object) -> list[list[float]]:
+        nonlocal asked, ended
+        asked += 1
+        if asked == 3:
+            raise NumericalError("x")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended += 1
+        raise AssertionError
+
+    async def ask() -> None:
+        monkeypatch.setattr(engine, "score", score)
+        evaluator = Evaluator(engine=engine, tokenizer=tokenizer, eos_token_ids=frozenset({0}), labels=["a", "b"])
+        with pytest.raises(NumericalError):
+            await evaluator.evaluate(None, template, rows("abcde"))
+        assert len(asyncio.all_tasks()) == 1, "nobody waits for their answers any more"
+
+    asyncio.run(ask())
+    assert ended == asked - 1 and encoded == ["a", "b"]

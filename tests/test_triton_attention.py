@@ -28,7 +28,9 @@ from tests.attention_emulation import attend, pages
 from tests.test_fused_decoder import Row, family_model, make, run_schedule
 from tests.triton_interpreter import import_kernels
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: make test-triton"
+)
 
 
 def by_interpreter(test: Callable[..., None]) -> Callable[..., None]:

@@ -73,7 +73,10 @@ class Evaluator:
         self, prompt: SoftPrompt | None, template: Template, rows: Sequence[Row]
     ) -> list[list[float]]:
         """Log-likelihood of each label for each row, in order."""
-        return await self._each(rows, partial(self._classify, prompt, template))
+        continuations: list[list[int]] = [
+            self.tokenizer(template.target(label), add_special_tokens=False)["input_ids"] for label in self.labels or ()
+        ]
+        return await self._each(rows, partial(self._classify, prompt, template, continuations))
 
     async def _each(self, rows: Sequence[Row], answer: Callable[[str], Awaitable[T]]) -> list[T]:
         """One answer a row, in order. An engine that others keep busy is waited for."""
@@ -90,7 +93,13 @@ class Evaluator:
                 self.on_row()
                 return found
 
-        return await asyncio.gather(*map(one, rows))
+        asked = [asyncio.create_task(one(row)) for row in rows]
+        try:
+            return await asyncio.gather(*asked)
+        finally:  # where one fails or nobody waits any more, the others are not asked for nothing
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     def floors(self, train: Sequence[Row], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         """Scores without a language model: the most frequent target, and naive Bayes or a copy of the input."""
@@ -121,10 +130,9 @@ class Evaluator:
         found = await self.evaluate(None, candidates[best], rows)
         return {**found.scores, "form": best, "instruction": instruction}
 
-    async def _classify(self, prompt: SoftPrompt | None, template: Template, text: str) -> list[float]:
-        continuations = [
-            self.tokenizer(template.target(label), add_special_tokens=False)["input_ids"] for label in self.labels or ()
-        ]
+    async def _classify(
+        self, prompt: SoftPrompt | None, template: Template, continuations: Sequence[Sequence[int]], text: str
+    ) -> list[float]:
         found = await self.engine.score(prompt, self._encode(template, text), continuations)
         return [math.fsum(tokens) for tokens in found]
 
