@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.train import Row
-from app.train.check import MAX_PROBLEMS, BadData, Checked, check_data, split
+from app.train.check import MAX_PROBLEMS, BadData, Checked, check_data
+from app.train.data import split
 from tests.jobs_harness import ROWS, jsonl
 from tests.tiny import tiny_tokenizer
 
@@ -224,3 +225,22 @@ def test_a_split_is_stratified_and_seeded() -> None:
     _, held = split(many, 0, stratify=True)
     assert Counter(row.target for row in held) == {"rare": 2, "often": 18}
     assert split(many, 1, stratify=True)[1] != held
+
+
+def test_each_task_has_rows_held_out() -> None:
+    many = [
+        Row(f"{task}{n}", f"t{n}", task=task) for task, count in (("large", 200), ("small", 20)) for n in range(count)
+    ]
+    _, held = split(many, 0, stratify=False)
+    assert Counter(row.task for row in held) == {"large": 20, "small": 2}
+
+
+def test_the_published_task_needs_rows_for_validation(tmp_path: Path) -> None:
+    training, validation = tmp_path / "train", tmp_path / "validation"
+    lines = [{"input": f"{task}{n}", "target": "x", "task": task} for task in "ab" for n in range(20)]
+    training.write_bytes(jsonl(lines))
+    validation.write_bytes(jsonl([{"input": "new", "target": "x", "task": "b"}]))
+    with pytest.raises(BadData, match="no row for validation is of the task 'a'"):
+        check_data(training, validation, tiny_tokenizer(), max_length=100, several_tasks=True, for_task="a")
+    checked = check_data(training, None, tiny_tokenizer(), max_length=100, several_tasks=True, for_task="a")
+    assert {row.task for row in checked.validation} == {"a", "b"}

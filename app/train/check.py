@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from app.errors import InvalidRecipe
 from app.strict_json import parse_object
 from app.text import Template
-from app.train.data import MAX_FILE_BYTES, MAX_ROWS, Row, task_names, task_of
+from app.train.data import MAX_FILE_BYTES, MAX_ROWS, Row, split, task_names, task_of
 from app.train.formats import DEFAULT_TEMPLATES, BadRow, Format, format_of, texts_of
 
 MIN_ROWS = 10  # to train on
@@ -24,7 +23,6 @@ MAX_PROBLEMS = 20  # that are told one by one; the others are counted
 MAX_LABELS = 200
 MAX_LABEL = 200  # characters
 ROWS_A_LABEL = 5  # on average, for targets to be taken for labels
-MAX_HELD_OUT = 1_000  # rows cut off for validation
 _CHUNK = 500  # rows tokenised at once
 _BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
 
@@ -126,6 +124,8 @@ def check_data(
             raise train.refuse("all rows have the same input: none can be held out for validation")
     else:
         rows, held_out = train.rows, _unseen(given, train.rows, warnings)
+    if not any(task in (None, row.task) for row in held_out):
+        raise (given or train).refuse(f"no row for validation is of the task {task!r}, which is to be published")
     if labels is not None:
         ours, theirs = ([row for row in part if task in (None, row.task)] for part in (rows, held_out))
         _judge_labels(labels, ours, theirs, given, warnings)
@@ -286,35 +286,3 @@ def _unseen(given: _File, train: Sequence[Row], warnings: list[str]) -> list[Row
     if dropped := len(given.rows) - len(kept):
         warnings.append(f"{dropped} validation rows have an input that is also trained on; they are left out")
     return kept
-
-
-def split(rows: Sequence[Row], seed: int, *, stratify: bool) -> tuple[list[Row], list[Row]]:
-    """Cut off a tenth of the rows, at most MAX_HELD_OUT and at least one: (to train on, held out).
-
-    All rows of one input stay together. `stratify`: of each target a tenth, and never its last row.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row.input].append(index)
-    strata: dict[str, list[list[int]]] = defaultdict(list)
-    for indices in groups.values():
-        strata[rows[indices[0]].target if stratify else ""].append(indices)
-    generator = random.Random(f"split {seed}")
-    share = min(0.1, MAX_HELD_OUT / len(rows))
-    held: set[int] = set()
-    for _, stratum in sorted(strata.items()):
-        generator.shuffle(stratum)
-        wanted = sum(map(len, stratum)) * share
-        taken = 0
-        for indices in stratum[1:]:
-            if taken + len(indices) / 2 > wanted:
-                break
-            held.update(indices)
-            taken += len(indices)
-    if not held:
-        spare = [indices for stratum in strata.values() for indices in stratum[1:]]
-        if not spare and len(strata) > 1:
-            spare = [indices for stratum in strata.values() for indices in stratum]
-        if spare:
-            held.update(generator.choice(spare))
-    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from app.text import Template
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_ROWS = 200_000
 MAX_FIELD_CHARACTERS = 1_000_000
+MAX_HELD_OUT = 1_000  # rows cut off for validation
 MAX_REFERENCES = 100  # of a row
 _POOL_BATCHES = 8  # batches sorted together: enough to cut padding, few enough to stay random
 
@@ -134,17 +136,46 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     return sha.hexdigest()
 
 
-def hold_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Split off a tenth of the rows (1 to 200) for validation; returns (train, validation).
+def split(rows: Sequence[Row], seed: int, *, stratify: bool) -> tuple[list[Row], list[Row]]:
+    """Cut off a tenth of the rows, at most MAX_HELD_OUT and at least one: (to train on, held out).
 
-    Raises InvalidTrainingData with fewer than two rows.
+    All rows of one input of a task stay together, and of each task a tenth is held out. `stratify`: of each target,
+    too, and never its last row. What is held out may be empty where all rows have one input.
     """
-    if len(rows) < 2:
-        raise InvalidTrainingData("at least 2 rows are needed to hold one out for validation")
-    order = random.Random(f"hold out {seed}").sample(range(len(rows)), len(rows))
-    count = min(200, max(1, len(rows) // 10))
-    held = set(order[:count])
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row.task, row.input].append(index)
+    strata: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
+    for indices in groups.values():
+        first = rows[indices[0]]
+        strata[first.task, first.target if stratify else ""].append(indices)
+    generator = random.Random(f"split {seed}")
+    share = min(0.1, MAX_HELD_OUT / len(rows))
+    held: set[int] = set()
+    for _, stratum in sorted(strata.items()):
+        generator.shuffle(stratum)
+        wanted = sum(map(len, stratum)) * share
+        taken = 0
+        for indices in stratum[1:]:
+            if taken + len(indices) / 2 > wanted:
+                break
+            held.update(indices)
+            taken += len(indices)
+    if not held:
+        spare = [indices for stratum in strata.values() for indices in stratum[1:]]
+        if not spare and len(strata) > 1:
+            spare = [indices for stratum in strata.values() for indices in stratum]
+        if spare:
+            held.update(generator.choice(spare))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def hold_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """`split` for those who need both parts. Raises InvalidTrainingData where there is nothing to hold out."""
+    train, held = split(rows, seed, stratify=False) if rows else ([], [])
+    if not held:
+        raise InvalidTrainingData("rows of at least 2 inputs are needed to hold one out for validation")
+    return train, held
 
 
 def count_shared(train: Sequence[Row], validation: Sequence[Row]) -> int:
