@@ -234,7 +234,7 @@ def test_without_validation_rows_some_are_held_out(
     recipe = Recipe(**{**RECIPE.as_dict(), "max_steps": 3, "init_text": ""})
     report = run(llama, tokenizer, tmp_path, recipe=recipe, rows_train=ROWS, rows_validation=[])
     assert (report.train_rows, report.validation_rows) == (22, 3)
-    with pytest.raises(InvalidTrainingData, match="at least 2 rows"):
+    with pytest.raises(InvalidTrainingData, match="at least 2 inputs"):
         run(llama, tokenizer, tmp_path, rows_train=ROWS[:1], rows_validation=[])
     with pytest.raises(InvalidTrainingData, match="no training rows"):
         run(llama, tokenizer, tmp_path, rows_train=[])
