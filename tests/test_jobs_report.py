@@ -48,7 +48,7 @@ def test_a_finished_job_has_a_page(jobs: Jobs) -> None:
     assert '<th class="number" scope="col">mood:1</th>' in reply.text, "by the version's name"
     assert "Wrong answers" not in page.text and "row 1" not in page.text, "rows are not kept"
     [path] = jobs.folder(job).glob("evaluation.json")
-    for damage in (b"{", b"[]"):
+    for damage in (b"{", b"[]", b'{"name": 1}'):
         path.write_bytes(damage)
         page = Page(jobs.client.get(f"/v1/fine_tuning/jobs/{job['id']}/report").text)
         assert "Accuracy" in page.text and "Confusion" not in page.text, "what the job itself has"

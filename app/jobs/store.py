@@ -165,9 +165,11 @@ class JobStore:
         try:
             found = None if data is None else json.loads(data)
         except ValueError:
-            logger.warning("the evaluation of %s is damaged", job_id)
-            return None
-        return found if isinstance(found, dict) else None
+            found = {}
+        if found is None or (isinstance(found, dict) and found.keys() >= {"name", "rows", "scores"}):
+            return found
+        logger.warning("the evaluation of %s is damaged", job_id)
+        return None
 
     def folder(self, job_id: str) -> Path:
         return self._folders.path(job_id)
