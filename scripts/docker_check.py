@@ -30,6 +30,7 @@ REPO = Path(__file__).resolve().parent.parent
 # What the machine needs to reach a package index; a container would get it from its engine.
 NETWORK = re.compile(r"PIP_.*|(HTTP|HTTPS|NO)_PROXY|SSL_CERT_.*", re.IGNORECASE)
 START_SECONDS = 600
+BAD_SETTINGS = 2  # the exit code (docs/cli.md)
 STOP_SECONDS = 60
 
 
@@ -207,7 +208,7 @@ def check(stage: Stage, work: Path) -> None:
 
     if healthy():
         sys.exit("docker_check: the health check passes without a server")
-    if stage.start([*stage.entrypoint, *stage.command], env=env).wait(START_SECONDS) != 1:
+    if stage.start([*stage.entrypoint, *stage.command], env=env).wait(START_SECONDS) != BAD_SETTINGS:
         sys.exit("docker_check: without a key the server must refuse to listen beyond the loopback address")
     made = stage.start([*stage.entrypoint, "keys", "create", "check"], env=env, stdout=subprocess.PIPE)
     key = made.communicate()[0].decode().strip()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import BASE, Server, rows
+from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
@@ -68,7 +69,7 @@ def test_chain(server: Server) -> None:
 
 def test_chat(server: Server) -> None:
     """ChatOpenAI: invoke with logprobs and usage, stream, batch"""
-    model = chat(server, logprobs=True, top_logprobs=2, seed=1)
+    model = chat(server, logprobs=True, top_logprobs=2, seed=1, stream_usage=True)
     found = model.invoke([("system", "Be short."), ("human", "Name a colour.")])
     assert found.text and found.usage_metadata is not None and found.usage_metadata["output_tokens"] > 0
     assert len(found.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
@@ -87,7 +88,7 @@ def test_chat_async(server: Server) -> None:
         model = chat(server)
         said = await model.ainvoke("Hello")
         assert "".join([piece.text async for piece in model.astream("Hello")]) == said.text
-        many = await chat(server, n=2, temperature=1.0).agenerate([[("human", "Hello")]])  # type: ignore[list-item]
+        many = await chat(server, n=2, temperature=1.0).agenerate([[HumanMessage("Hello")]])
         assert len(many.generations[0]) == 2
 
     asyncio.run(main())
