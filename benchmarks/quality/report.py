@@ -33,9 +33,20 @@ def score(found: Evaluation, task: StudyTask) -> float:
     return value if task.score == "bleu" else 100 * value
 
 
-def least_loss(cells: Sequence[Cell]) -> Cell:
-    """Chosen on the validation rows alone."""
-    return min(cells, key=lambda cell: float(cell.get("validation_loss", math.inf)))
+def chosen(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of one learning rate, a seed each: that whose mean loss on the validation rows is least."""
+    by_rate = defaultdict(list)
+    for cell in cells:
+        by_rate[cell.get("rate")].append(cell)
+    return min(by_rate.values(), key=lambda own: statistics.mean(cell.get("validation_loss", math.inf) for cell in own))
+
+
+def chosen_method(cells: Sequence[Cell]) -> str:
+    """By the mean loss on the validation rows over the seeds."""
+    losses = defaultdict(list)
+    for cell in cells:
+        losses[str(cell["method"])].append(float(cell["validation_loss"]))
+    return min(losses, key=lambda method: statistics.mean(losses[method]))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,34 +78,39 @@ def main() -> None:
     for name, task in TASKS.items():
         if name not in cells:
             continue
-        test = read_rows(arguments.data / name / "test.jsonl", references=True)
+        whole = read_rows(arguments.data / name / "test.jsonl", references=True)
         train = [(row.input, row.target) for row in task.splits(arguments.data).train]
+        numbers = {len(cell["answers"]) for of_method in cells[name].values() for cell in of_method}
+        if len(numbers) != 1:
+            raise SystemExit(f"{name}: cells answered {sorted(numbers)} rows; only equal ones can be compared")
+        test = whole[: numbers.pop()]
         inputs = [row.input for row in test]
         for cell in (cell for of_method in cells[name].values() for cell in of_method):
             scores = evaluation(task, test, cell["method"], cell["answers"]).scores
             told = {key: value for key, value in cell.items() if key not in ("answers", "recipe")}
             kept_cells.append(told | {"scores": scores})
         floor = naive_bayes(train, inputs) if task.classify else inputs
-        kept = {method: least_loss(cells[name][method]) for method in columns if cells[name].get(method)}
-        found = {method: evaluation(task, test, method, cell["answers"]) for method, cell in kept.items()}
-        line = [name, task.score, f"{score(evaluation(task, test, 'floor', floor), task):.1f}"]
-        line += [f"{score(found[m], task):.1f}" if m in found else "" for m in columns]
-        mine = [kept[m] for m in ours if m in kept]
+        kept = {method: chosen(cells[name][method]) for method in columns if cells[name].get(method)}
+        found = {m: [evaluation(task, test, m, cell["answers"]) for cell in own] for m, own in kept.items()}
+        means = {m: statistics.mean(score(one, task) for one in own) for m, own in found.items()}
+        line = [name, task.score, str(len(test)), f"{score(evaluation(task, test, 'floor', floor), task):.1f}"]
+        line += [f"{means[m]:.1f}" if m in found else "" for m in columns]
+        mine = [cell for m in ours if m in kept for cell in kept[m]]
         if mine and "full" in found:
-            best = least_loss(mine)["method"]
-            against = found[best].compare(found["full"], only=(task.score,))[task.score]
+            best = chosen_method(mine)
+            against = found[best][0].compare(found["full"][0], only=(task.score,))[task.score]
             scale = 1 if task.score == "bleu" else 100
             low, high = (scale * bound for bound in against.interval)
-            ratios.append(score(found[best], task) / score(found["full"], task))
+            ratios.append(means[best] / means["full"])
             line += [best, f"{100 * ratios[-1]:.1f}", f"{low:+.1f} to {high:+.1f}"]
-        rows.append(line + [""] * (3 + len(columns) + 3 - len(line)))
-        for method, cell in kept.items():
+        rows.append(line + [""] * (4 + len(columns) + 3 - len(line)))
+        for method, cell in ((method, cell) for method, own in kept.items() for cell in own):
             if "bytes" in cell:
                 costs[method].append((cell["bytes"], cell["train_seconds"], cell["steps"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(kept_cells, indent=1) + "\n", encoding="utf-8")
     extra = ["best of ours", "% of full", "95 % of the difference"]
-    print(table(["task", "score", "floor", *columns, *extra], rows))
+    print(table(["task", "score", "rows", "floor", *columns, *extra], rows))
     if ratios:
         print(f"\nBest of ours by full fine-tuning, mean of {len(ratios)} tasks: {100 * statistics.mean(ratios):.1f} %")
     medians = [

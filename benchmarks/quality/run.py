@@ -33,11 +33,19 @@ from benchmarks.quality.tasks import TASKS, StudyTask
 
 MAX_LENGTH = 1024
 NUM_SHOTS = 8
-FULL_RATES = (1e-4, 3e-5)
-LORA_RATES = (1e-3,)
+# Two for each method that trains, chosen between on the validation rows; soft prompts' are times the method's own unit.
+RATES: dict[str, Sequence[float]] = {
+    "full": (1e-4, 3e-5),
+    "lora": (1e-3, 3e-4),
+    "soft20": (0.3, 0.1),
+    "soft100": (0.3, 0.1),
+    "residual20": (0.2, 0.07),
+    "prefix20": (0.02, 0.007),
+    "cartridge64": (0.02, 0.007),
+}
 SOFT: dict[str, dict[str, Any]] = {  # of the recipe
-    "soft20": {"num_virtual_tokens": 20, "learning_rate": 0.3},
-    "soft100": {"num_virtual_tokens": 100, "learning_rate": 0.3},
+    "soft20": {"num_virtual_tokens": 20},
+    "soft100": {"num_virtual_tokens": 100},
     "residual20": {"num_virtual_tokens": 20, "residual": True},
     "prefix20": {"method": "prefix_tuning", "num_virtual_tokens": 20},
     # Keys and values that begin as those of the instruction and what fits of solved examples.
@@ -58,16 +66,16 @@ class Cell:
         return f"{self.task}.{self.method}{told}.s{self.seed}"
 
 
-def cells(
-    methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], rates: dict[str, Sequence[float]]
-) -> list[Cell]:
-    """In the order in which they are worth doing: a method for every task, then the next."""
+def cells(methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], num_rates: int) -> list[Cell]:
+    """In the order in which they are worth doing: every method for every task, then the next rate, the next seed."""
     found = []
     for seed in seeds:
-        for method in methods:
-            for rate in rates.get(method, (0.0,)):
-                options = {"rate": rate} if rate else {}
-                found += [Cell(task, method, seed, options) for task in tasks]
+        for turn in range(num_rates):
+            for method in methods:
+                rates = RATES.get(method, ())
+                if turn < len(rates) or turn == 0:
+                    options = {"rate": rates[turn]} if rates else {}
+                    found += [Cell(task, method, seed, options) for task in tasks]
     return found
 
 
@@ -77,8 +85,7 @@ class Study:
     out: Path
     model: Path
     device: str
-    steps: int
-    epochs: int
+    epochs: int  # passes over the training rows, of every method alike
     batch_size: int
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
@@ -144,9 +151,8 @@ def _soft(
 ) -> dict[str, Any]:
     """Trained by the product; the engine answers with it afterwards (`benchmarks.quality.answer`)."""
     out = study.out / "prompts" / cell.name
-    own = dict(SOFT[cell.method])
-    if "rate" in cell.options:
-        own["learning_rate"] = cell.options["rate"]
+    own = SOFT[cell.method] | {"learning_rate": cell.options["rate"]}
+    steps = study.epochs * math.ceil(len(training) / study.batch_size)
     text = task.instruction
     if cell.method.startswith("cartridge"):
         text = (task.few_shot(few(training, NUM_SHOTS, cell.seed)).text or "").split("{input}")[0]
@@ -154,12 +160,12 @@ def _soft(
         **own,
         init_text=text,
         batch_size=study.batch_size,
-        max_steps=study.steps,
-        warmup_steps=min(15, study.steps // 10),
-        eval_every=max(1, study.steps // 20),
-        eval_rows=300,
-        patience=20,
-        checkpoint_every=study.steps,
+        max_steps=steps,
+        warmup_steps=min(15, steps // 10),
+        eval_every=math.ceil(steps / study.epochs),  # after every pass, as the baselines
+        eval_rows=len(validation),
+        patience=study.epochs,
+        checkpoint_every=steps,
         max_length=MAX_LENGTH,
         seed=cell.seed,
     )
@@ -216,7 +222,9 @@ def work(study: Study, todo: Any) -> None:
             print(f"{cell.name}: FAILED\n{traceback.format_exc()}", flush=True)
             continue
         name = torch.cuda.get_device_name() if study.device == "cuda" else "CPU"
-        told = {"task": cell.task, "method": cell.method, "seed": cell.seed, **cell.options, "device": name, **found}
+        matrices = "TF32" if study.device == "cuda" else "float32"
+        about = {"device": name, "dtype": "float32", "matrices": matrices, "epochs": study.epochs}
+        told = {"task": cell.task, "method": cell.method, "seed": cell.seed, **cell.options, **about, **found}
         path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
         path.with_suffix(".partial").replace(path)
         loss = found.get("validation_loss", math.nan)
@@ -228,14 +236,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of tasks, each with three .jsonl files")
     parser.add_argument("--model", type=Path, required=True, help="transformers folder of the base model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", default="zero_shot,few_shot,full,lora,soft20")
+    parser.add_argument("--methods", default="full,soft20,cartridge64,lora,few_shot,zero_shot")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing, and end, after so long")
-    parser.add_argument("--steps", type=int, default=1000, help="of soft prompts")
-    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training rows, of every method alike")
+    parser.add_argument("--rates", type=int, default=2, choices=(1, 2), help="learning rates of each method")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
     arguments = parser.parse_args()
@@ -248,7 +256,6 @@ def main() -> None:
         arguments.out,
         arguments.model,
         arguments.device,
-        arguments.steps,
         arguments.epochs,
         arguments.batch_size,
         arguments.max_rows,
@@ -256,10 +263,8 @@ def main() -> None:
     )
     context = multiprocessing.get_context("spawn")
     todo = context.Queue()
-    rates: dict[str, Sequence[float]] = {"full": FULL_RATES, "lora": LORA_RATES}
-    wanted = cells(
-        arguments.methods.split(","), arguments.tasks.split(","), list(map(int, arguments.seeds.split(","))), rates
-    )
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    wanted = cells(arguments.methods.split(","), arguments.tasks.split(","), seeds, arguments.rates)
     for cell in wanted:
         todo.put(cell)
     workers = [context.Process(target=work, args=(study, todo)) for _ in range(arguments.workers)]

@@ -1,0 +1,129 @@
+"""Make a soft prompt of the study a version of its task, as `softprompt train` would have: measured and with lineage.
+
+The engine that serves answers the whole test split; what the other methods of the study reached stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.base_model import BaseModel, load_base_model
+from app.config import Settings
+from app.engine import Engine
+from app.local_engine import local_engine
+from app.manifest import Calibration
+from app.registry import Registry, Store
+from app.train.job import Job
+from app.train.recipe import Recipe
+from app.train.report import REPORT_FILE, TrainReport
+from benchmarks.quality.report import chosen, evaluation, read_cells
+from benchmarks.quality.run import NUM_SHOTS
+from benchmarks.quality.tasks import TASKS
+
+DESCRIPTIONS = {
+    "banking77": "Intent of a bank customer's message: one of 77.",
+    "clinc_domain": "Domain of a query to an assistant: one of ten, or out of scope.",
+    "disfl_qa": "Rewrites a spoken question without its hesitations and corrections.",
+    "emotion_ekman": "Emotion of a forum comment: anger, disgust, fear, joy, sadness, surprise or neutral.",
+    "ingredients": 'Splits a line of a recipe into quantity, unit, name and comment: "field: value | ...".',
+    "query_wellformed": "Whether a search query is a well-formed question: well-formed or malformed.",
+    "restaurant_slots": 'Finds what a turn of a booking dialogue says: "slot: value | ...", or "none".',
+}
+
+
+def source(folder: Path) -> dict[str, str]:
+    """Origin, licence and citation from the data folder's SOURCE.md."""
+    found = re.findall(r"^- (origin|licence|cite): (.+)$", (folder / "SOURCE.md").read_text(encoding="utf-8"), re.M)
+    return {name: re.sub(r" \(.*\)$", "", text) for name, text in found}
+
+
+def job_of(cell: dict[str, Any], data: Path, report: TrainReport, command: str) -> Job:
+    task = TASKS[cell["task"]]
+    splits = task.splits(data)
+    return Job(
+        task=task.name,
+        splits=splits,
+        template=task.template,
+        recipe=Recipe(**report.recipe),
+        labels=splits.labels() if task.classify else None,
+        max_tokens=None if task.classify else task.max_tokens,
+        stop=[] if task.classify else ["\n"],
+        description=DESCRIPTIONS.get(task.name, task.instruction),
+        source=source(data / task.name),
+        command=command,
+    )
+
+
+def told(report: TrainReport) -> TrainReport:
+    """Without the rows that a cartridge begins with: their licences are not this repository's."""
+    if not str(report.recipe.get("method", "")).startswith("cartridge"):
+        return report
+    begins = f"the instruction and what fits of {NUM_SHOTS} solved training rows"
+    return replace(report, recipe={**report.recipe, "init_text": begins})
+
+
+def others(cell: dict[str, Any], data: Path, out: Path) -> dict[str, Any]:
+    """Scores that the study has of other ways, on the same rows."""
+    task = TASKS[cell["task"]]
+    cells = read_cells(out)[task.name]
+    test = task.splits(data).test
+    kept = {method: chosen(cells[method])[0] for method in ("few_shot", "lora", "full") if cells.get(method)}
+    return {method: evaluation(task, test, method, found["answers"]).scores for method, found in kept.items()}
+
+
+async def measured(
+    job: Job, base: BaseModel, engine: Engine, folder: Path
+) -> tuple[Calibration | None, dict[str, Any], Sequence[str]]:
+    """Calibration on the validation rows; scores and answers on the test split."""
+    prompt = await job.load(base, engine, folder)
+    calibration = None
+    if job.labels is not None:
+        calibration = await job.calibration(base, engine, prompt, on_row=lambda: None)
+    evaluator, test = job.evaluator(base, engine), job.splits.test
+    found = await evaluator.evaluate(prompt, job.template, test, calibration=calibration)
+    floor = evaluator.floors(job.splits.train, test)
+    return calibration, {"split": "test", "rows": len(test), "soft_prompt": found.scores, "floor": floor}, found.answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="+", help="e.g. emotion_ekman.soft20.s0")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="of benchmarks.quality.run")
+    parser.add_argument("--registry", type=Path, default=Path("prompts"))
+    arguments = parser.parse_args()
+    settings = Settings(registry=arguments.registry)
+    base = load_base_model(settings.model, cache_dir=settings.cache_dir, device=settings.device, dtype=settings.dtype)
+    registry = Registry(Store(arguments.registry), base.info)
+    engine = local_engine(settings, base)
+    engine.start()
+    try:
+        for name in arguments.cells:
+            folder = arguments.out / "prompts" / name
+            cell = json.loads((arguments.out / f"{name}.json").read_text(encoding="utf-8"))
+            fields = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+            report = TrainReport.load(folder, fields["identity"])
+            if report is None:
+                raise SystemExit(f"{folder} has no report of a finished run")
+            passes = f" --epochs {cell['epochs']}" if "epochs" in cell else ""
+            command = f"python -m benchmarks.quality.run --methods {cell['method']} --tasks {cell['task']}{passes}"
+            job = job_of(cell, arguments.data, report, command)
+            calibration, metrics, cell["answers"] = asyncio.run(measured(job, base, engine, folder))
+            (arguments.out / f"{name}.json").write_text(json.dumps(cell), encoding="utf-8")
+            metrics |= others(cell, arguments.data, arguments.out)
+            checkpoint = job.read(folder, base, job.manifest(base, told(report), metrics, calibration))
+            version = registry.publish(job.task, checkpoint).version
+            print(f"{version.reference}: {json.dumps(metrics['soft_prompt'])}", flush=True)
+    finally:
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main()
