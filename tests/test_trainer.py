@@ -381,6 +381,15 @@ def test_the_digest_is_of_the_rows_and_their_order() -> None:
     assert digest(TRAIN, VALIDATION) == digest([Row(r.input, r.target) for r in TRAIN], VALIDATION)
     assert digest(TRAIN, VALIDATION) != digest(TRAIN[::-1], VALIDATION)
     assert digest(TRAIN, VALIDATION) != digest([*TRAIN, *VALIDATION], [])
+    alike = [
+        Row("a", "b"),
+        Row("a", "b", references=("c",)),
+        Row("a", "b", task="c"),
+        Row("a", "b", references=("c", "d")),
+        Row("a", "b", references=("c",), task="d"),
+        Row("a", "b", task="['c']"),
+    ]
+    assert len({digest([], [row]) for row in alike}) == len(alike)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
