@@ -742,6 +742,19 @@ def test_a_kernel_that_is_wrong_is_not_taken(fault: str, geometry: Geometry, mon
         choose_attention("varlen", geometry)
 
 
+@pytest.mark.parametrize("window", [24, 512, 600, 1299, 1300, 4096])
+def test_the_check_of_kernels_exceeds_their_windows(
+    window: int, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = replace(geometry, device=torch.device("cpu"), windows=(0, window), max_blocks=1 + 4200 // 16)
+    assert geometry.block_size == 16
+    monkeypatch.setattr(attention_kernels, "_load_varlen", lambda _: (Varlen("FA3"), "FA3"))
+    check_attention(VarlenAttention(geometry), geometry)
+    monkeypatch.setattr("tests.attention_emulation.attend", BROKEN["window one too wide"])
+    with pytest.raises(Faulty, match=f"window {window}"):
+        check_attention(VarlenAttention(geometry), geometry)
+
+
 @pytest.mark.parametrize("stage", ["load", "init", "plan", "run"])
 def test_a_kernel_that_fails_is_faulty(stage: str, geometry: Geometry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unlike one that cannot exist here: somebody has to look at it."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ FLASH2_PAGE = 256  # block sizes that torch's own FlashAttention-2 can page: mul
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 _CHECK_TOLERANCE = 3e-2  # of outputs of about 1, in bfloat16
+_CHECKED_WINDOWS = range(513, 8193)  # that get a row of their own: others are exceeded anyway, or take too much memory
 
 
 class Unavailable(Exception):
@@ -257,6 +261,12 @@ _KERNELS: dict[str, Callable[[Geometry], PagedAttention]] = {
 }
 
 
+def _wants_compiler(error: Exception) -> bool:
+    """Whether Triton failed because it could not build its launcher, which is C, when a kernel was first used."""
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return isinstance(error, subprocess.CalledProcessError) or not (has_compiler or isinstance(error, Unavailable))
+
+
 def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[Unavailable]]:
     """The implementation, and why not those before it. Raises Unavailable for a `kind` that is not to be had.
 
@@ -276,6 +286,8 @@ def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, li
             # One that cannot exist says so itself, in its constructor.
             reason_type = Unavailable if type(error) is Unavailable else Faulty
             reason = reason_type(f"{name} attention: {error}")
+            if name == "triton" and _wants_compiler(error):
+                reason = Unavailable(f"{name} attention: it needs a C compiler, install gcc and libc6-dev ({error})")
             if kind == name:
                 raise reason from error
             reasons.append(reason)
@@ -289,6 +301,9 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
     most = g.max_blocks * size
     # Ends in, at and just behind a block's end, as far as the model goes; long enough for a kernel to split the keys.
     lengths = [min(n, most) for n in (1, size, size + 1, 2 * size + 3, 700, 1300)]
+    short = range(len(lengths))
+    # Rows that exceed a window by little are each alone: of a batch, the reference wants memory for the longest.
+    lengths += [min(window + size + 2, most) for window in g.windows if window in _CHECKED_WINDOWS and window < most]
     tables: list[list[int]] = []
     for length in lengths:
         first = 1 + sum(map(len, tables))
@@ -301,19 +316,24 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
     pool = torch.full(
         (2, 1 + sum(map(len, tables)), size, g.num_kv_heads, g.head_dim), torch.nan, dtype=g.dtype, device=g.device
     )
-    for table, length in zip(tables, lengths, strict=True):
+    for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+        # The mean of so many values is small, and one too many would not show.
+        scale = 1.0 if row in short else 0.5 * length**0.5
         for i, block in enumerate(table):
             filled = min(size, length - i * size)
-            pool[:, block, :filled] = random(2, filled, g.num_kv_heads, g.head_dim)
+            pool[0, block, :filled] = random(filled, g.num_kv_heads, g.head_dim)
+            pool[1, block, :filled] = random(filled, g.num_kv_heads, g.head_dim) * scale
     reference = ReferenceAttention(geometry)
     exact = pool.float()
-    for query_lens, static in (
-        ([min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=True)], False),
-        ([1] * len(lengths), False),
-        ([1] * len(lengths), attention.graphs),
+    for rows, query_lens, static in (
+        (short, [min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=False)], False),
+        (short, [1] * len(short), False),
+        (short, [1] * len(short), attention.graphs),
+        *(([row], [queries], False) for row in range(len(short), len(lengths)) for queries in (5, 1)),
     ):
-        batch = paged_batch(query_lens, lengths, tables, g.device, static=static)
-        plain = paged_batch(query_lens, lengths, tables, g.device)
+        taken = ([lengths[row] for row in rows], [tables[row] for row in rows])
+        batch = paged_batch(query_lens, *taken, g.device, static=static)
+        plain = paged_batch(query_lens, *taken, g.device)
         q = random(sum(query_lens), g.num_heads, g.head_dim)
         attention.plan(batch)
         reference.plan(plain)

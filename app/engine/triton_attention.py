@@ -173,7 +173,7 @@ class TritonAttention:
             "LINES": tiling.lines,
         }
         with self._on_device():
-            self._kernels.attend[g.num_kv_heads, plan.items](
+            self._kernels.attend[(g.num_kv_heads * plan.items,)](
                 q,
                 keys,
                 values,
@@ -196,7 +196,7 @@ class TritonAttention:
                 **shape,
             )
             if plan.merges:
-                self._kernels.merge[g.num_kv_heads * plan.lines, plan.merges](
+                self._kernels.merge[(g.num_kv_heads * plan.lines * plan.merges,)](
                     out,
                     self._partial,
                     self._logs,
