@@ -17,15 +17,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from app.engine import attention_kernels
-from app.engine.attention_kernels import (
-    Faulty,
-    FlashInferAttention,
-    Unavailable,
-    VarlenAttention,
-    check_attention,
-    choose_attention,
-    preferred_block_size,
-)
+from app.engine.attention_check import Faulty, Unavailable, check_attention
+from app.engine.attention_kernels import FlashInferAttention, VarlenAttention, choose_attention, preferred_block_size
 from app.engine.cuda_graphs import BUCKETS, upload_ints
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Forward, Span

@@ -24,7 +24,8 @@ import pytest
 import torch
 
 from app.engine import triton_attention
-from app.engine.attention_kernels import Faulty, Unavailable, check_attention, choose_attention
+from app.engine.attention_check import Faulty, Unavailable, check_attention
+from app.engine.attention_kernels import choose_attention
 from app.engine.paged_attention import Geometry, PagedBatch, paged_batch
 from app.engine.triton_attention import LEAST_PART, TritonAttention, tilings
 from tests.attention_emulation import attend, pages

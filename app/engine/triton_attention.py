@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from app.engine.attention_kernels import KERNEL_DTYPES, Unavailable, require_card
+from app.engine.attention_check import Unavailable
+from app.engine.attention_kernels import KERNEL_DTYPES, require_card
 from app.engine.cuda_graphs import upload_ints
 from app.engine.paged_attention import Geometry, PagedBatch
 
