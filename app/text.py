@@ -12,6 +12,14 @@ from app.errors import InvalidRequest
 REPLACEMENT = "�"
 
 
+def without_bos(tokenizer: Any, text: str) -> str:
+    """What a chat template has written, without the token that the tokenizer puts before every text by itself."""
+    bos = tokenizer.bos_token
+    if isinstance(bos, str) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(bos)
+    return text
+
+
 @dataclass(frozen=True)
 class Template:
     """How an `input` becomes the text behind the virtual tokens, e.g. "{input}\\nSentiment:".

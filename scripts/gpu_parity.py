@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from app.engine.attention_kernels import Faulty, Unavailable
+from app.engine.attention_check import Faulty, Unavailable
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Span
 from app.engine.kv_cache import KVCache

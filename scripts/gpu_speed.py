@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from app.engine import SamplingParams
-from app.engine.attention_kernels import FLASH2_PAGE, Faulty, Unavailable
+from app.engine.attention_check import Faulty, Unavailable
+from app.engine.attention_kernels import FLASH2_PAGE
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Span
 from app.engine.local import LocalEngine

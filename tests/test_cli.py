@@ -87,7 +87,7 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
     assert found["evaluation"]["scores"] == manifest.metrics["soft_prompt"] and found["rows"] == 24
     assert found["evaluation"]["name"] == "mood:1" and found["against"] is None and found["differences"] == {}
     assert sum(map(sum, found["evaluation"]["confusion"]["counts"])) == 24
-    assert len(manifest.lineage["curve"]) == 2 and manifest.lineage["curve"][-1]["step"] == 12
+    assert [point["step"] for point in manifest.lineage["curve"]] == [0, 6, 12]
 
     page, answers = home / "out.html", home / "answers.jsonl"
     done = run("eval", "mood:1", "--against", "tiny", "--data", test_rows, "--report", page, "--answers", answers)

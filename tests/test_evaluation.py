@@ -19,7 +19,7 @@ from app.train.evaluation import Evaluation
 from app.train.report import MAX_POINTS, thinned
 from tests.fake_engine import FakeEngine
 from tests.test_metrics import ANSWERS, TARGETS
-from tests.tiny import tiny_tokenizer
+from tests.tiny import beginning_tokenizer, tiny_tokenizer
 
 LABELS = ["a", "b", "c", "d"]
 
@@ -198,6 +198,21 @@ def test_answers_are_those_of_the_engine() -> None:
     written = asyncio.run(ask(None))
     assert written.answers == ["fine", "fine"] and written.labels is None and written.name == "mood:1"
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_zero_shot_chats_begin_once(adds: bool) -> None:
+    """Whether the tokenizer adds the token that begins a text to what the chat template wrote, or not."""
+    tokenizer = beginning_tokenizer(adds=adds)
+    engine = FakeEngine(tokenizer(" fine")["input_ids"])
+    evaluator = Evaluator(engine=engine, tokenizer=tokenizer, eos_token_ids=frozenset({0}))
+    asyncio.run(evaluator.zero_shot("Do it.", Template(None), rows("a"), 0))
+    direct = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Do it.\n\ninput 0"}], tokenize=False, add_generation_prompt=True
+    )
+    asked = [list(call.token_ids) for call in engine.calls]
+    assert tokenizer(direct, add_special_tokens=False)["input_ids"] in asked
+    assert all(ids[:2] != [0, 0] for ids in asked)
 
 
 def test_references_are_read_where_they_are_wanted(tmp_path: Path) -> None:

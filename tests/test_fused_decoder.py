@@ -17,15 +17,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from app.engine import attention_kernels
-from app.engine.attention_kernels import (
-    Faulty,
-    FlashInferAttention,
-    Unavailable,
-    VarlenAttention,
-    check_attention,
-    choose_attention,
-    preferred_block_size,
-)
+from app.engine.attention_check import Faulty, Unavailable, check_attention
+from app.engine.attention_kernels import FlashInferAttention, VarlenAttention, choose_attention, preferred_block_size
 from app.engine.cuda_graphs import BUCKETS, upload_ints
 from app.engine.decoder import FusedDecoder
 from app.engine.forward import Forward, Span
@@ -740,6 +733,19 @@ def test_a_kernel_that_is_wrong_is_not_taken(fault: str, geometry: Geometry, mon
     }
     with pytest.raises(Faulty, match="varlen attention: differs"):
         choose_attention("varlen", geometry)
+
+
+@pytest.mark.parametrize("window", [24, 512, 600, 1299, 1300, 4096])
+def test_the_check_of_kernels_exceeds_their_windows(
+    window: int, geometry: Geometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = replace(geometry, device=torch.device("cpu"), windows=(0, window), max_blocks=1 + 4200 // 16)
+    assert geometry.block_size == 16
+    monkeypatch.setattr(attention_kernels, "_load_varlen", lambda _: (Varlen("FA3"), "FA3"))
+    check_attention(VarlenAttention(geometry), geometry)
+    monkeypatch.setattr("tests.attention_emulation.attend", BROKEN["window one too wide"])
+    with pytest.raises(Faulty, match=f"window {window}"):
+        check_attention(VarlenAttention(geometry), geometry)
 
 
 @pytest.mark.parametrize("stage", ["load", "init", "plan", "run"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.attention_kernels import Faulty, Unavailable
+from app.engine.attention_check import Faulty, Unavailable
 from app.engine.decoder import FusedDecoder
 from app.engine.local import LocalEngine
 from scripts import gpu_check, gpu_engine, gpu_parity, gpu_speed

@@ -15,7 +15,7 @@ from app.train import Row
 from app.train.check import MAX_PROBLEMS, BadData, Checked, check_data
 from app.train.data import split
 from tests.jobs_harness import ROWS, jsonl
-from tests.tiny import tiny_tokenizer
+from tests.tiny import beginning_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -182,26 +182,13 @@ def test_duplicates_are_told(tmp_path: Path) -> None:
 
 
 def test_a_chat_s_first_token_is_not_written_twice(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.bos_token = "<|end|>"
-    tokenizer.chat_template = "<|end|>" + str(tokenizer.chat_template)
-    plain = type(tokenizer).__call__
-
-    class Begins(type(tokenizer)):  # type: ignore[misc]
-        def __call__(self, text: Any, add_special_tokens: bool = True) -> Any:
-            found = plain(self, text, add_special_tokens=False)["input_ids"]
-            if not add_special_tokens:
-                return {"input_ids": found}
-            one = isinstance(text, str)
-            return {"input_ids": [0, *found] if one else [[0, *ids] for ids in found]}
-
-    tokenizer.__class__ = Begins
+    tokenizer = beginning_tokenizer()
     path = tmp_path / "x"
     path.write_bytes(chat(*CHAT))
     checked = check_data(path, None, tokenizer, max_length=100)
     text = next(row.input for row in [*checked.train, *checked.validation] if "hi" in row.input)
     direct = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
-    assert tokenizer(text)["input_ids"] == plain(tokenizer, direct, add_special_tokens=False)["input_ids"]
+    assert tokenizer(text)["input_ids"] == tokenizer(direct, add_special_tokens=False)["input_ids"]
 
 
 rows = st.lists(

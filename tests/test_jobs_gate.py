@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.errors import NotReady
 from app.jobs.gate import judge
 from app.train.data import Row
 from app.train.evaluation import Evaluation
@@ -99,6 +100,77 @@ def test_an_alias_that_is_moved_meanwhile_stays_where_it_is(jobs: Jobs, monkeypa
     assert registry.resolve("mood").number == 2 and job["fine_tuned_model"] == "mood:3"
 
 
+@pytest.mark.parametrize("was", [None, BAD])
+def test_a_crash_behind_the_move_does_not_change_the_verdict(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, was: float | None
+) -> None:
+    """The alias has moved and no record says so yet."""
+    registry, number = jobs.harness.registry, 1
+    if was is not None:
+        run(jobs, was)
+        number = 2
+    moves = crash_behind(registry, "move_alias", monkeypatch)
+    job = run(jobs, GOOD)
+    assert len(moves) == 2 and job["fine_tuned_model"] == f"mood:{number}"
+    assert len(registry.task("mood").versions) == number
+    gate = job["gate"]
+    assert gate["moved"] and registry.resolve("mood").number == number
+    if was is None:
+        assert gate["reason"] == "the alias is new"
+    else:
+        assert (gate["current"], gate["current_score"], gate["score"]) == ("mood:1", 0.0, 1.0)
+        assert "better than mood:1" in gate["reason"]
+    assert any("The alias latest was moved" in message for message in jobs.messages(job))
+
+
+def test_a_crash_behind_the_move_takes_nobody_s_rollback_back(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(jobs, BAD)
+    registry = jobs.harness.registry
+
+    def roll_back() -> None:
+        registry.roll_back_alias("mood", "latest", expected=registry.task("mood").aliases["latest"].etag)
+
+    crash_behind(registry, "move_alias", monkeypatch, then=roll_back)
+    job = run(jobs, GOOD)
+    assert not job["gate"]["moved"] and "moved while" in job["gate"]["reason"]
+    assert registry.resolve("mood").number == 1 and job["fine_tuned_model"] == "mood:2"
+
+
+def test_a_crash_before_the_version_is_there_judges_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(jobs, BAD)
+    registry = jobs.harness.registry
+    publish, calls = registry.publish, []
+
+    def fail_first(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            jobs.harness.publish("mood", BAD + 0.125)
+            raise NotReady("the disk has gone")
+        return publish(*args, **options)
+
+    monkeypatch.setattr(registry, "publish", fail_first)
+    job = run(jobs, GOOD)
+    assert job["gate"]["moved"] and job["gate"]["current"] == "mood:2" and registry.resolve("mood").number == 3
+
+
+def crash_behind(
+    registry: Any, name: str, monkeypatch: pytest.MonkeyPatch, then: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Behind the first call of a method, which is done; returns a list that grows with the calls."""
+    method, calls = getattr(registry, name), list[int]()
+
+    def crashing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        found = method(*args, **options)
+        if len(calls) == 1:
+            then()
+            raise NotReady("the server has died")
+        return found
+
+    monkeypatch.setattr(registry, name, crashing)
+    return calls
+
+
 def test_a_version_that_cannot_be_scored_keeps_its_alias(jobs: Jobs) -> None:
     run(jobs, BAD)
     jobs.harness.registry._forget(jobs.harness.registry.resolve("mood"))
@@ -133,3 +205,17 @@ def test_an_interval_that_holds_zero_is_not_enough() -> None:
     assert text.metric == "rouge_l" and (text.score, text.current_score) == (1.0, 0.5)
     worded = judge("latest", new, answered("t:1", ["b"] * 20, "a"), seed=0)
     assert worded.moved and (worded.metric, worded.current_score) == ("accuracy", 0.0), "it generated what was a label"
+
+
+def test_a_row_of_text_is_better_by_its_score() -> None:
+    """And not only where it is right: 4 rows nearer to the target are not enough, 6 are."""
+    near, far = "a b c x", "a b x y"
+    for better, moved in ((4, False), (6, True)):
+        new = answered("t:2", [near] * better + [far] * (20 - better), "a b c d")
+        found = judge("latest", new, answered("t:1", [far] * 20, "a b c d"), seed=0)
+        assert found.interval is not None and found.interval[0] > 0 and found.moved is moved
+    # A mean that a third of the rows lifts while the others fall is not enough either.
+    new, current = ["a b c d"] * 20 + [far] * 40, ["x"] * 20 + [near] * 40
+    mixed = judge("latest", answered("t:2", new, "a b c d"), answered("t:1", current, "a b c d"), seed=0)
+    assert mixed.interval is not None and mixed.interval[0] > 0 and not mixed.moved
+    assert "better in 20 rows and worse in 40" in mixed.reason

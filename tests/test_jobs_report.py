@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def test_the_curve_is_drawn_and_goes_with_the_version(jobs: Jobs) -> None:
     record.write_bytes(record.read_bytes().replace(b'"curve": []', point))
     page = Page(jobs.client.get(f"/v1/fine_tuning/jobs/{job['id']}/report").text)
     assert "Loss" in page.text and "polyline" in page.tags
+
+
+def test_a_job_whose_start_was_kept_says_so(jobs: Jobs) -> None:
+    job = jobs.until(jobs.create(script="step"), "succeeded")
+    record = jobs.folder(job) / "job.json"
+    written = json.loads(record.read_bytes())
+    points = [{"step": 0, "validation_loss": 1.5}, {"step": 25, "train_loss": 2.0, "validation_loss": 1.75}]
+    written["report"] |= {"curve": points, "best_step": 0, "best_validation_loss": 1.5}
+    record.write_text(json.dumps(written))
+    [found] = jobs.client.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints").json()["data"]
+    assert found["step_number"] == 0 and found["metrics"] == {"step": 0, "valid_loss": 1.5}
+    page = Page(jobs.client.get(f"/v1/fine_tuning/jobs/{job['id']}/report").text)
+    assert "the step that was kept: 0" in page.text
 
 
 def test_there_is_none_before_the_job_has_succeeded(jobs: Jobs) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from app.train.initial import embedding_rms, embedding_weight, keys_and_values
 from app.train.methods import Setup, build
 from app.train.recipe import METHODS
 from app.train.schedule import learning_rate, next_plan
+from app.train.sweep import sweep
 from app.train.trainer import train
 from tests.tiny import MAX_MODEL_LEN, tiny_info, tiny_model, tiny_tokenizer
 
@@ -426,6 +428,7 @@ def test_a_budget_sets_the_steps_and_the_cosine_ends_within_it(
     report = run(model, recipe, tmp_path, on_progress=seen.append)
     assert report.stopped == "budget" and 26 <= report.seconds <= 30
     assert 18 <= report.steps <= 24 and seen[-1].max_steps == report.steps
+    assert seen[0].seconds == 2.0 + 1.0, "the start is validated, and a step is made"
     assert seen[0].max_steps == 1_000 and seen[5].max_steps < 30
     assert seen[-1].learning_rate < 0.02 * max(progress.learning_rate for progress in seen)
 
@@ -463,6 +466,7 @@ def test_a_budget_survives_a_resume(model: Any, tmp_path: Path, monkeypatch: pyt
 def test_plans_and_rates() -> None:
     recipe = Recipe(max_steps=100, budget_seconds=50.0, learning_rate=1.0, warmup_steps=15)
     assert next_plan(recipe, 10, 20.0) == 24 and next_plan(recipe, 10, 60.0) == 10 and next_plan(recipe, 10, 1.0) == 100
+    assert next_plan(recipe, 10, 22.0, 2.0) == 23, "two seconds a step"
     assert learning_rate(recipe, 19, 20) < 0.02 and learning_rate(recipe, 4, 20) == 1.0
     assert learning_rate(recipe, 14, 100) == 15 / 16
 
@@ -478,7 +482,8 @@ def test_rates_are_tried_from_the_same_start_and_the_best_wins(model: Any, tmp_p
     for number, trial in enumerate(report.trials):
         rate = trial["learning_rate"]
         alone = replace(recipe, learning_rate=rate, max_steps=5, warmup_steps=1, eval_every=5)
-        assert run(model, alone, tmp_path / f"alone-{number}").best_validation_loss == trial["validation_loss"]
+        last = run(model, alone, tmp_path / f"alone-{number}").curve[-1]
+        assert last["step"] == 5 and last["validation_loss"] == trial["validation_loss"]
 
     # killed in the second trial, and again after all of them
     calls = 0
@@ -521,3 +526,18 @@ def test_a_rate_that_blows_up_loses(model: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Loop, "_step", lambda *_: blow_up(type("L", (), {"recipe": Recipe()}), None, 0.0, 0))
     with pytest.raises(TrainingFailed, match="no learning rate that was tried"):
         run(model, recipe, tmp_path / "none")
+
+
+def test_a_trial_that_blows_up_has_taken_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("app.train.sweep.time.monotonic", lambda: now)
+    recipe = recipe_of("prompt_tuning", learning_rate="auto", budget_seconds=100.0)
+
+    def trial(_: Recipe, folder: Path) -> Any:
+        nonlocal now
+        now += 8.0
+        if folder.name != "0":
+            raise TrainingFailed("the loss is not finite")
+        return SimpleNamespace(best_validation_loss=1.0, seconds=7.5)
+
+    assert sweep(recipe, tmp_path, trial)[0].budget_seconds == 100 - 7.5 - 2 * 8

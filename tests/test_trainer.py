@@ -113,6 +113,9 @@ def test_training_learns_and_publishes_what_peft_reads(
 
     losses = [point["validation_loss"] for point in report.curve]
     assert report.best_validation_loss == min(losses) < 0.7 * losses[0]
+    assert [point["step"] for point in report.curve] == [*range(0, 60, 4), 60]
+    assert "train_loss" not in report.curve[0] and all("train_loss" in point for point in report.curve[1:])
+    assert report.warnings == []
     assert [progress.step for progress in seen] == list(range(1, report.steps + 1))
     assert not any(p.requires_grad for p in llama.parameters())
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
@@ -209,13 +212,36 @@ def test_training_stops_when_validation_no_longer_improves(
     assert report.steps == report.best_step + 3
 
 
+def test_a_start_that_no_step_is_better_than_is_kept(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    run(llama, tokenizer, tmp_path / "first", recipe=Recipe(**{**RECIPE.as_dict(), "max_steps": 60}))
+    name = "adapter_model.safetensors"
+    start = load_file(tmp_path / "first" / name)["prompt_embeddings"]
+    recipe = Recipe(**{**RECIPE.as_dict(), "init_text": "", "init": "prompt", "learning_rate": 10.0})
+    # a tensor that numpy cannot have as it is, as one on a GPU
+    given = torch.nn.Parameter(start.clone())
+    report = run(llama, tokenizer, tmp_path / "second", recipe=recipe, initial=given)
+    losses = [point["validation_loss"] for point in report.curve]
+    assert report.best_step == 0 and report.steps == RECIPE.max_steps
+    assert report.best_validation_loss == losses[0] == min(losses) < min(losses[1:])
+    assert torch.equal(load_file(tmp_path / "second" / name)["prompt_embeddings"], start)
+    assert report.warnings == ["the start was kept: no step was better on the validation rows"]
+
+
 def test_a_loss_that_is_not_finite_publishes_nothing(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    with torch.no_grad():
-        llama.get_decoder().norm.weight.fill_(math.nan)
-    with pytest.raises(TrainingFailed, match="not finite at step 1"):
-        run(llama, tokenizer, tmp_path)
+    weight = llama.get_decoder().norm.weight
+
+    def spoil(_: Progress) -> None:
+        with torch.no_grad():
+            weight.fill_(math.nan)
+
+    with pytest.raises(TrainingFailed, match="not finite at step 2"):
+        run(llama, tokenizer, tmp_path, on_progress=spoil)
+    with pytest.raises(TrainingFailed, match="validation loss is nan"):
+        run(llama, tokenizer, tmp_path, resume=False)
     assert not list(tmp_path.glob("adapter_*"))
 
 
@@ -381,6 +407,15 @@ def test_the_digest_is_of_the_rows_and_their_order() -> None:
     assert digest(TRAIN, VALIDATION) == digest([Row(r.input, r.target) for r in TRAIN], VALIDATION)
     assert digest(TRAIN, VALIDATION) != digest(TRAIN[::-1], VALIDATION)
     assert digest(TRAIN, VALIDATION) != digest([*TRAIN, *VALIDATION], [])
+    alike = [
+        Row("a", "b"),
+        Row("a", "b", references=("c",)),
+        Row("a", "b", task="c"),
+        Row("a", "b", references=("c", "d")),
+        Row("a", "b", references=("c",), task="d"),
+        Row("a", "b", task="['c']"),
+    ]
+    assert len({digest([], [row]) for row in alike}) == len(alike)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

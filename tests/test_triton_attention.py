@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +24,8 @@ import pytest
 import torch
 
 from app.engine import triton_attention
-from app.engine.attention_kernels import Faulty, Unavailable, check_attention, choose_attention
+from app.engine.attention_check import Faulty, Unavailable, check_attention
+from app.engine.attention_kernels import choose_attention
 from app.engine.paged_attention import Geometry, PagedBatch, paged_batch
 from app.engine.triton_attention import LEAST_PART, TritonAttention, tilings
 from tests.attention_emulation import attend, pages
@@ -405,7 +409,55 @@ def test_a_graph_finds_its_work_where_it_was() -> None:
     assert len(set(places.values())) == 2
 
 
+def test_no_axis_of_a_launch_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 2**31 - 1 programs along the first and 65,535 along the others."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(triton_attention, "_load_kernels", lambda _: SimpleNamespace(attend=Kernel(), merge=Kernel()))
+    monkeypatch.setattr(triton_attention, "_processors", lambda _: 50_000)
+    attention = TritonAttention(replace(PLAIN, head_dim=16, max_blocks=8192))
+    count = 70_000
+    batch = batch_of([1] * count, [2**17] * 1000 + [1] * (count - 1000))
+    attention.plan(batch)
+    q, pool = torch.zeros(count, 4, 16), torch.zeros(1, 16, 2, 16)
+    attention(q, pool, pool, batch, 0)
+    assert attention._plan is not None and attention._plan.items > 65_535 and attention._plan.merges
+    wanted = [2 * attention._plan.items, 2 * attention._plan.lines * attention._plan.merges]
+    assert [math.prod(grid) for grid in grids] == wanted
+    assert all(grid[0] < 2**31 and max(grid[1:], default=0) <= 65_535 for grid in grids)
+
+
 # -- what there is none for --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", [None, "gcc"])
+def test_without_a_c_compiler_it_says_what_to_install(compiler: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure: Exception = RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    class Kernel:
+        def __getitem__(self, _: Any) -> Any:
+            raise failure
+
+    monkeypatch.setattr(triton_attention, "_load_kernels", lambda _: SimpleNamespace(attend=Kernel()))
+    monkeypatch.setattr("app.engine.attention_kernels.shutil.which", lambda name: compiler if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+    advice = r"^triton attention: it needs a C compiler, install gcc and libc6-dev \("
+    if compiler is None:
+        chosen, reasons = choose_attention("auto", PLAIN)
+        assert chosen.name == "reference" and re.match(advice, str(reasons[-1])) and type(reasons[-1]) is Unavailable
+        with pytest.raises(Unavailable, match=advice + "Failed to find"):
+            choose_attention("triton", PLAIN)
+        return
+    with pytest.raises(Faulty, match="triton attention: Failed to find"):  # what is wrong is something else
+        choose_attention("triton", PLAIN)
+    failure = subprocess.CalledProcessError(1, ["gcc"])  # it finds no headers
+    with pytest.raises(Unavailable, match=advice):
+        choose_attention("triton", PLAIN)
 
 
 def test_why_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

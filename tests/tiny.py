@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -149,6 +150,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def beginning_tokenizer(*, adds: bool = True) -> PreTrainedTokenizerFast:
+    """One whose chat template begins with the token that begins a text, which it puts before every text by itself."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = EOS
+    tokenizer.chat_template = EOS + CHAT_TEMPLATE
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def save_tiny(folder: Path, architecture: str, seed: int = 0) -> Path:

@@ -14,7 +14,8 @@ import typer
 
 from app import __version__
 from app.cli import alias, ask, batch, bench, completion, doctor, errors, keys, model, tasks, values
-from app.cli.output import AsJson, err, say, to_json, warn, write, write_json
+from app.cli.output import AsJson, err, say, to_json, write, write_json
+from app.cli.published import published_document, tell_published
 from app.config import Settings, load_with_sources
 from app.errors import InvalidRequest
 
@@ -193,7 +194,7 @@ def train(
         job, settings, base, work, alias=alias or None, baselines=baselines, console=err, initial=initial
     )
     if as_json:
-        write_json(_published(published))
+        write_json(published_document(published))
 
 
 @app.command("import", epilog="Example: softprompt import mood out/mood")
@@ -209,9 +210,9 @@ def import_folder(
 
     published = run(task, folder, settings, model.load(settings), alias=alias or None)
     if as_json:
-        write_json(_published(published))
+        write_json(published_document(published))
         return
-    _tell(published)
+    tell_published(published)
 
 
 @app.command(epilog="Example: softprompt export mood:1 out/mood")
@@ -287,28 +288,10 @@ def calibrate(
     found = published.version.manifest.calibration
     assert found is not None
     if as_json:
-        write_json(_published(published) | {"calibration": found.model_dump(mode="json")})
+        write_json(published_document(published) | {"calibration": found.model_dump(mode="json")})
         return
-    _tell(published)
+    tell_published(published)
     write(
         f"temperature {found.temperature} · nll {found.nll_before} → {found.nll_after} · "
         f"ece {found.ece_before} → {found.ece_after} ({found.rows} rows)"
     )
-
-
-def _tell(published: Any) -> None:
-    for warning in published.warnings:
-        warn(warning)
-    verb = "published" if published.created else "was published before as"
-    write(f"{verb} {published.version.reference}  {published.version.digest}")
-
-
-def _published(published: Any) -> dict[str, Any]:
-    version = published.version
-    return {
-        "reference": version.reference,
-        "digest": version.digest,
-        "created": published.created,
-        "warnings": list(published.warnings),
-        "metrics": version.manifest.metrics,
-    }

@@ -8,27 +8,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from app.engine.paged_attention import Geometry, PagedAttention, PagedBatch, ReferenceAttention, paged_batch
+from app.engine.attention_check import Faulty, Unavailable, check_attention
+from app.engine.paged_attention import Geometry, PagedAttention, PagedBatch, ReferenceAttention
 
 Kind = Literal["auto", "varlen", "flashinfer", "triton", "reference"]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 FLASH2_PAGE = 256  # block sizes that torch's own FlashAttention-2 can page: multiples of this
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
-_CHECK_TOLERANCE = 3e-2  # of outputs of about 1, in bfloat16
-
-
-class Unavailable(Exception):
-    """The implementation is not used; the message says why. This machine or model cannot have it, see also `Faulty`."""
-
-
-class Faulty(Unavailable):
-    """It exists for this machine and model, but it failed or differs from the reference: something is wrong."""
 
 
 def _active_flash_attention() -> str:
@@ -257,6 +252,12 @@ _KERNELS: dict[str, Callable[[Geometry], PagedAttention]] = {
 }
 
 
+def _wants_compiler(error: Exception) -> bool:
+    """Whether Triton failed because it could not build its launcher, which is C, when a kernel was first used."""
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return isinstance(error, subprocess.CalledProcessError) or not (has_compiler or isinstance(error, Unavailable))
+
+
 def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[Unavailable]]:
     """The implementation, and why not those before it. Raises Unavailable for a `kind` that is not to be had.
 
@@ -276,51 +277,9 @@ def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, li
             # One that cannot exist says so itself, in its constructor.
             reason_type = Unavailable if type(error) is Unavailable else Faulty
             reason = reason_type(f"{name} attention: {error}")
+            if name == "triton" and _wants_compiler(error):
+                reason = Unavailable(f"{name} attention: it needs a C compiler, install gcc and libc6-dev ({error})")
             if kind == name:
                 raise reason from error
             reasons.append(reason)
     return ReferenceAttention(geometry), reasons
-
-
-@torch.inference_mode()
-def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
-    """Compare with the reference, on a pool whose unused positions are not numbers. Raises Faulty."""
-    g, size = geometry, geometry.block_size
-    most = g.max_blocks * size
-    # Ends in, at and just behind a block's end, as far as the model goes; long enough for a kernel to split the keys.
-    lengths = [min(n, most) for n in (1, size, size + 1, 2 * size + 3, 700, 1300)]
-    tables: list[list[int]] = []
-    for length in lengths:
-        first = 1 + sum(map(len, tables))
-        tables.append(list(range(first, first - (-length // size)))[::-1])
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(g.device, g.dtype)
-
-    pool = torch.full(
-        (2, 1 + sum(map(len, tables)), size, g.num_kv_heads, g.head_dim), torch.nan, dtype=g.dtype, device=g.device
-    )
-    for table, length in zip(tables, lengths, strict=True):
-        for i, block in enumerate(table):
-            filled = min(size, length - i * size)
-            pool[:, block, :filled] = random(2, filled, g.num_kv_heads, g.head_dim)
-    reference = ReferenceAttention(geometry)
-    exact = pool.float()
-    for query_lens, static in (
-        ([min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=True)], False),
-        ([1] * len(lengths), False),
-        ([1] * len(lengths), attention.graphs),
-    ):
-        batch = paged_batch(query_lens, lengths, tables, g.device, static=static)
-        plain = paged_batch(query_lens, lengths, tables, g.device)
-        q = random(sum(query_lens), g.num_heads, g.head_dim)
-        attention.plan(batch)
-        reference.plan(plain)
-        for window in g.windows:
-            ours = attention(q, pool[0], pool[1], batch, window).float()
-            theirs = reference(q.float(), exact[0], exact[1], plain, window)
-            error = float((ours - theirs).abs().max())
-            if not error < _CHECK_TOLERANCE:
-                kind = "static" if static else "ragged" if max(query_lens) > 1 else "single"
-                raise Faulty(f"differs from the reference by {error:.3g} ({kind} batch, window {window})")

@@ -44,7 +44,7 @@ class FusedDecoder:
 
     `graphs=None` captures decode steps where that pays: on CUDA, with an attention kernel. A capture that fails ends
     them for good, and `describe` says why. Raises
-    attention_kernels.Unavailable if `attention` names an implementation that is not to be had here, ValueError for
+    attention_check.Unavailable if `attention` names an implementation that is not to be had here, ValueError for
     `graphs=True` without CUDA.
     """
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from app.engine.attention_kernels import KERNEL_DTYPES, Unavailable, require_card
+from app.engine.attention_check import Unavailable
+from app.engine.attention_kernels import KERNEL_DTYPES, require_card
 from app.engine.cuda_graphs import upload_ints
 from app.engine.paged_attention import Geometry, PagedBatch
 
@@ -173,7 +174,7 @@ class TritonAttention:
             "LINES": tiling.lines,
         }
         with self._on_device():
-            self._kernels.attend[g.num_kv_heads, plan.items](
+            self._kernels.attend[(g.num_kv_heads * plan.items,)](
                 q,
                 keys,
                 values,
@@ -196,7 +197,7 @@ class TritonAttention:
                 **shape,
             )
             if plan.merges:
-                self._kernels.merge[g.num_kv_heads * plan.lines, plan.merges](
+                self._kernels.merge[(g.num_kv_heads * plan.lines * plan.merges,)](
                     out,
                     self._partial,
                     self._logs,

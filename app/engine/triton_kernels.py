@@ -32,8 +32,9 @@ def attend(
     PRECISION: tl.constexpr,
 ):
     """One item: a tile of LINES lines (queries times the heads of one key head) over its part of their keys."""
-    head = tl.program_id(0)
-    item = work + tl.program_id(1) * 5
+    program = tl.program_id(0)  # one axis: CUDA allows 65,535 along the others
+    head = program % KV_HEADS
+    item = work + program // KV_HEADS * 5
     row = tl.load(item)
     if row < 0:
         return
@@ -116,8 +117,9 @@ def merge(
     PARTS: tl.constexpr,  # read at a time
 ):
     """One line of a tile whose keys were cut into parts."""
-    head, line = tl.program_id(0) // USED, tl.program_id(0) % USED
-    item = work + offset + tl.program_id(1) * 4
+    program = tl.program_id(0)
+    head, line = program // USED % KV_HEADS, program % USED
+    item = work + offset + program // (USED * KV_HEADS) * 4
     row = tl.load(item)
     if row < 0:
         return

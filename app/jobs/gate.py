@@ -31,6 +31,24 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What shall become of the alias once the version is there; kept by the job, for a server that dies in between."""
+
+    tensors: str  # digest of the result's, which it is about
+    verdict: Verdict | None  # None: no alias is wanted
+    etag: int | None = None  # of the alias when it was decided; None: there was none
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Decision:
+        """What `as_dict` gave."""
+        verdict = fields["verdict"]
+        return cls(**{**fields, "verdict": None if verdict is None else Verdict(**verdict)})
+
+
 def judge(alias: str, new: Evaluation, current: Evaluation, *, seed: int) -> Verdict:
     """Judge two versions by their answers to the same rows. Takes up to a second: not for the event loop."""
     metric = "accuracy" if new.scored_as_labels else "rouge_l"

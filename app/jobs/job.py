@@ -73,6 +73,7 @@ class Job:
     fine_tuned_model: str | None = None
     data: dict[str, Any] = field(default_factory=dict)  # what the check found
     report: dict[str, Any] = field(default_factory=dict)  # of the trainer
+    decided: dict[str, Any] = field(default_factory=dict)  # of the alias, before anything is published: Decision
     result: dict[str, Any] = field(default_factory=dict)  # metrics and gate
 
     @property

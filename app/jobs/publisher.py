@@ -27,7 +27,7 @@ from app.errors import (
     ReferenceNotFound,
     SoftpromptError,
 )
-from app.jobs.gate import Verdict, judge
+from app.jobs.gate import Decision, Verdict, judge
 from app.jobs.job import Job
 from app.manifest import BaseReference, Defaults, ManifestInput
 from app.registry import Registry, Version
@@ -75,11 +75,12 @@ class Publisher:
         self._threads = anyio.CapacityLimiter(2)  # its own: no request waits for a job's files
 
     async def publish(
-        self, job: Job, work: Path, *, begin: Callable[[], Awaitable[None]]
+        self, job: Job, work: Path, *, begin: Callable[[Decision], Awaitable[None]]
     ) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Score, then call `begin`, which may raise, publish and judge: (reference, metrics and gate, evaluation).
 
-        May be called again for what it did before: the same files give the same version. Raises SoftpromptError.
+        `begin` keeps what was decided in the job. May be called again for what it did before: the same files give the
+        same version, whose alias is not judged again. Raises SoftpromptError.
         """
         trained = await self._in_thread(partial(self._read, job, work))
         if not trained.rows:
@@ -89,14 +90,15 @@ class Publisher:
             found = await self._evaluator(job, trained.labels).evaluate(trained.prompt, trained.template, trained.rows)
             summary = await self._in_thread(partial(found.summary, job.seed))
             measured = {"split": "validation", "rows": len(trained.rows), "soft_prompt": summary["scores"]}
-            verdict, etag = await self._judge(job, trained, found)
+            decision = await self._decide(job, trained, found)
         finally:
             with suppress(NotReady):
                 await self._engine.unload(trained.prompt.digest)  # the version will have another one
-        await begin()
+        await begin(decision)
         version = await self._in_thread(partial(self._store, job, trained, measured))
+        verdict = decision.verdict
         if verdict is not None and verdict.moved:
-            verdict = await self._in_thread(partial(self._move, job, version, verdict, etag))
+            verdict = await self._in_thread(partial(self._move, job, version, verdict, decision.etag))
         result = {"metrics": measured, "gate": None if verdict is None else verdict.as_dict()}
         return version.reference, result, summary | {"name": version.reference}
 
@@ -109,8 +111,8 @@ class Publisher:
                 await asyncio.sleep(BUSY_SECONDS)
         return await self._engine.load(prompt)
 
-    def _store(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> Version:
-        """A new version, or the one that was published before this server or another one died."""
+    def _published(self, job: Job, trained: Trained) -> Version | None:
+        """What was published before this server or another one died."""
         versions: Iterable[Version]
         try:
             versions = self._registry.task(job.task).versions.values()
@@ -119,9 +121,22 @@ class Publisher:
         for version in versions:
             if version.manifest.lineage.get("job") == job.id and version.files[TENSORS_FILE] == trained.tensors_digest:
                 return version
+        return None
+
+    def _store(self, job: Job, trained: Trained, metrics: dict[str, Any]) -> Version:
+        """A new version, or the one that was published before."""
+        if (published := self._published(job, trained)) is not None:
+            return published
         manifest = self._manifest(job, trained, metrics)
         checkpoint = read_checkpoint(trained.config, trained.tensors, manifest, self._base.info)
         return self._registry.publish(job.task, checkpoint, alias=None, actor=job.owner).version
+
+    async def _decide(self, job: Job, trained: Trained, found: Evaluation) -> Decision:
+        if job.decided.get("tensors") == trained.tensors_digest and self._published(job, trained) is not None:
+            # NOTE: the alias may have been moved by it already, and would be compared with itself.
+            return Decision.of(job.decided)
+        verdict, etag = await self._judge(job, trained, found)
+        return Decision(tensors=trained.tensors_digest, verdict=verdict, etag=etag)
 
     async def _judge(self, job: Job, trained: Trained, found: Evaluation) -> tuple[Verdict | None, int | None]:
         """What shall become of the alias, if there is one, and its etag now (None: it is new)."""

@@ -22,6 +22,7 @@ from app.base_model import BaseModel
 from app.config import Settings
 from app.errors import NotReady, NumericalError, PermissionDenied, RequestError, SoftpromptError, StorageFull
 from app.jobs.ending import MAX_MESSAGE, Changed, Crashed, Failed, Refused
+from app.jobs.gate import Decision
 from app.jobs.job import Job, JobError, Status
 from app.jobs.moves import failed, halted, requeued, stepped, succeeded, trained
 from app.jobs.owner import check_owner
@@ -119,9 +120,9 @@ class Run:
     async def _publish(self) -> None:
         job = self._job
 
-        async def begin() -> None:
+        async def begin(decision: Decision) -> None:
             self._check_owner()
-            await self._advance(lambda job: replace(job, is_publishing=True))
+            await self._advance(lambda job: replace(job, is_publishing=True, decided=decision.as_dict()))
 
         work = self._store.folder(job.id) / WORK
         publishing = asyncio.create_task(self._publisher.publish(job, work, begin=begin))

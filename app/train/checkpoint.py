@@ -26,18 +26,19 @@ class Progressed:
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     planned_steps: int | None = None  # what the budget has room for, once that is known
-    best_step: int = 0
+    best_step: int = 0  # the start
     best_loss: float = float("inf")
     stale: int = 0  # evaluations since the best
     trained_tokens: int = 0
     seconds: float = 0.0
+    start_seconds: float = 0.0  # of them, those that validating the start took
     losses: list[float] = field(default_factory=list)  # training losses since the last evaluation
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def note(self, validation_loss: float, tensors: dict[str, Tensor]) -> None:
         """Record an evaluation and keep the prompt, as its file has it, if it is the best yet."""
-        mean = sum(self.losses) / len(self.losses)
-        self.curve.append({"step": self.step, "train_loss": mean, "validation_loss": validation_loss})
+        trained = {"train_loss": sum(self.losses) / len(self.losses)} if self.losses else {}
+        self.curve.append({"step": self.step, **trained, "validation_loss": validation_loss})
         self.losses = []
         self.stale += 1
         if validation_loss < self.best_loss:

@@ -130,8 +130,8 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     sha = hashlib.sha256()
     for rows in (train, validation):
         for row in rows:
-            parts = [row.input, row.target, *row.references] + ([row.task] if row.task else [])
-            sha.update(json.dumps(parts).encode() + b"\n")
+            more = [list(row.references), row.task] if row.references or row.task else []
+            sha.update(json.dumps([row.input, row.target, *more]).encode() + b"\n")
         sha.update(b"\n")
     return sha.hexdigest()
 

@@ -17,7 +17,7 @@ from app.engine import Engine, SamplingParams
 from app.errors import Overloaded
 from app.manifest import Calibration
 from app.soft_prompt import SoftPrompt
-from app.text import Template
+from app.text import Template, without_bos
 from app.train.data import Row
 from app.train.evaluation import Evaluation
 from app.train.floors import constant, naive_bayes
@@ -123,7 +123,7 @@ class Evaluator:
         if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": f"{instruction}\n\n{{input}}"}]
             chat = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            candidates["chat"] = Template(str(chat))
+            candidates["chat"] = Template(without_bos(self.tokenizer, str(chat)))
         trial = random.Random(seed).sample(list(rows), min(ZERO_SHOT_TRIAL_ROWS, len(rows)))
         tried = {name: (await self.evaluate(None, form, trial)).scores for name, form in candidates.items()}
         best = max(tried, key=lambda name: tuple(tried[name].values())[:2])  # what follows is none to choose by

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from app.text import without_bos
 from app.train.data import MAX_FIELD_CHARACTERS
 
 Format = Literal["input/target", "prompt/completion", "messages"]
@@ -94,8 +95,4 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         text = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates raise what they like about roles they do not know
         raise BadRow("bad_messages", "the base model's chat template refuses these roles") from error
-    bos = tokenizer.bos_token
-    # The token that begins a text is added again when this is encoded.
-    if isinstance(bos, str) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(bos)
-    return text, last["content"]
+    return without_bos(tokenizer, text), last["content"]

@@ -140,7 +140,9 @@ def _curve(lineage: Mapping[str, Any]) -> Iterator[str]:
     if not drawn:
         return
     yield '<h2>Loss</h2>\n<p><span class="key-train">● training</span> <span class="key-validation">● validation</span>'
-    yield f'<span class="dim">the dashed line is the step that was kept: {best:g}</span></p>' if best else "</p>"
+    if best is not None:
+        yield f'<span class="dim">the dashed line is the step that was kept: {best:g}</span>'
+    yield "</p>"
     yield drawn
 
 

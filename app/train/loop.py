@@ -54,6 +54,12 @@ class Loop:
         """Nothing done yet; the best prompt so far is the initial one."""
         return Progressed(self._method_state(), self.method.tensors())
 
+    def measure_start(self, state: Progressed, held_out: list[Example]) -> None:
+        """Validate the initial prompt, which is kept if no step is better. It is no step and in no checkpoint alone."""
+        begun = time.monotonic()
+        state.note(self._validate(held_out), state.best)
+        state.seconds = state.start_seconds = time.monotonic() - begun
+
     def restore(self, state: Progressed) -> None:
         self.method.load_state_dict(state.method)
         if state.step:
@@ -98,7 +104,7 @@ class Loop:
                 now = time.monotonic()
                 state.seconds, mark = state.seconds + now - mark, now
                 if recipe.budget_seconds is not None and not is_last:
-                    state.planned_steps = next_plan(recipe, state.step, state.seconds)
+                    state.planned_steps = next_plan(recipe, state.step, state.seconds, state.start_seconds)
             is_saved = state.step % recipe.checkpoint_every == 0 or validation is not None
             if is_saved:
                 self._save(state, work, identity)

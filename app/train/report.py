@@ -19,7 +19,7 @@ class Progress:
     max_steps: int  # a budget may lower it
     train_loss: float  # of this step's batch
     validation_loss: float | None  # measured after this step, or None
-    best_step: int  # 0 before the first evaluation
+    best_step: int  # 0: the start
     learning_rate: float  # of this step, as the recipe's: times the scale of what is trained
     trained_tokens: int  # text tokens run through the model so far
     seconds: float  # spent training, over all resumed parts
@@ -30,9 +30,9 @@ class TrainReport:
     """What a finished run did; `as_dict` is JSON and goes to the manifest's lineage."""
 
     steps: int
-    best_step: int
+    best_step: int  # 0: the start, which no step was better than
     best_validation_loss: float  # nats per answer token
-    curve: list[dict[str, float]]  # step, train_loss (mean since the last point), validation_loss
+    curve: list[dict[str, float]]  # step, train_loss (mean since the last point; not at step 0), validation_loss
     stopped: str  # "max_steps", "no improvement" or "budget"
     seconds: float
     trained_tokens: int

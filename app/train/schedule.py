@@ -34,9 +34,9 @@ def first_plan(recipe: Recipe, num_validation_rows: int, step: int, seconds: flo
     return _plan(recipe, step, seconds, seconds_a_step * (1 + _VALIDATION * batches / recipe.eval_every))
 
 
-def next_plan(recipe: Recipe, step: int, seconds: float) -> int:
-    """Steps that there will be, from all so far with their validations."""
-    return _plan(recipe, step, seconds, seconds / step)
+def next_plan(recipe: Recipe, step: int, seconds: float, start_seconds: float = 0.0) -> int:
+    """Steps that there will be, from all so far with their validations. `start_seconds` came before them."""
+    return _plan(recipe, step, seconds, (seconds - start_seconds) / step)
 
 
 def _plan(recipe: Recipe, step: int, seconds: float, seconds_a_step: float) -> int:

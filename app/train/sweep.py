@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,12 @@ def sweep(
             eval_every=steps,
             budget_seconds=None if budget is None else max(1.0, budget * _BUDGET_SHARE),
         )
-        loss, seconds = math.inf, 0.0
+        loss, begun = math.inf, time.monotonic()
         try:
             report = run(trial, folder / str(number))
             loss, seconds = report.best_validation_loss, report.seconds
         except TrainingFailed:
-            pass  # it has blown up: the next one may as well, which the comparison shows
+            seconds = time.monotonic() - begun  # it has blown up: the next one may as well, which the comparison shows
         trials.append({"learning_rate": rate, "validation_loss": loss, "seconds": seconds})
     best = min(trials, key=lambda trial: trial["validation_loss"])
     if not math.isfinite(best["validation_loss"]):

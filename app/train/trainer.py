@@ -24,6 +24,7 @@ from app.train.forward import can_share
 from app.train.initial import embedding_rms, embedding_weight
 from app.train.loop import Loop
 from app.train.methods import PEFT_FILES, Setup, build
+from app.train.methods.method import on_cpu
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, Progress, TrainReport
 from app.train.sweep import sweep
@@ -42,6 +43,7 @@ def train(
     base_fingerprint: str = "",
     initial: Tensor | None = None,
     resume: bool = True,
+    measure_start: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainReport:
     """Train one soft prompt and leave adapter_config.json and adapter_model.safetensors in out_dir.
@@ -51,7 +53,8 @@ def train(
     validation rows a tenth of the training rows is held out. `initial` is where the prompt begins,
     [virtual tokens, hidden] or for methods of keys and values [layers, 2, KV heads, virtual tokens, head_dim] too
     (transfer from another task; Vu et al. 2022, arXiv:2110.07904), by default what the
-    recipe says. The prompt kept is the one with the least validation loss. A run that was killed goes
+    recipe says. The prompt kept is the one with the least validation loss, which may be the initial one
+    (step 0) unless `measure_start` is off, as it is for trials. A run that was killed goes
     on from `out_dir/checkpoint` to the result it would have had, and one that had finished is not done
     twice; with `resume=False`, or when anything that shapes the result has changed, it begins again.
     Whatever `on_progress` raises ends the run and is passed on, which is how a job is stopped; that
@@ -113,6 +116,7 @@ def train(
                 base_name=base_name,
                 base_fingerprint=base_fingerprint,
                 initial=initial,
+                measure_start=False,
                 on_progress=_without_steps(recipe, on_progress),
             )
             chosen, trials = sweep(recipe, work / "rates", trial)
@@ -122,9 +126,13 @@ def train(
         loop = Loop(model, method, chosen, shared=shared)
         state = load_checkpoint(work, identity) or loop.begin()
         loop.restore(state)
+        if measure_start and not state.step:
+            loop.measure_start(state, held_out)
         stopped = loop.run(state, examples, held_out, work, identity, on_progress)
     finally:
         model.train(was_training)
+    if not state.best_step:
+        notes.append("the start was kept: no step was better on the validation rows")
     loop.publish(state, out_dir, work, base_name)
     report = TrainReport(
         steps=state.step,
@@ -186,5 +194,5 @@ def _identity(
     parts: list[Any] = [recipe.as_dict(), *base, template.text, data_digest]
     parts += [model.num_parameters(), list(weight.shape), str(weight.dtype), embedding_rms(model)]
     if initial is not None:
-        parts.append(hashlib.sha256(initial.float().contiguous().numpy().tobytes()).hexdigest())
+        parts.append(hashlib.sha256(on_cpu(initial).numpy().tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -268,8 +268,8 @@ def _event_reply(event: Event) -> dict[str, Any]:
 
 def _checkpoint_reply(job: Job) -> dict[str, Any]:
     step = job.report["best_step"]
-    points = [point for point in job.report["curve"] if point["step"] == step]
-    losses = {"train_loss": points[0]["train_loss"]} if points else {}
+    kept: dict[str, float] = next((point for point in job.report["curve"] if point["step"] == step), {})
+    losses = {name: kept[name] for name in ("train_loss",) if name in kept}  # the start has none
     return {
         "id": f"ftckpt-{job.id.removeprefix('ftjob-')}",
         "object": "fine_tuning.job.checkpoint",
