@@ -6,4 +6,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "prompts"
-SHIPPED = ("address_parse", "clinc_domain", "disfl_qa", "sentiment_mixed")
+SHIPPED = (
+    "address_parse",
+    "clinc_domain",
+    "disfl_qa",
+    "emotion_ekman",
+    "query_wellformed",
+    "restaurant_slots",
+    "sentiment_mixed",
+)

@@ -16,8 +16,10 @@ from app.errors import InvalidPromptFile, InvalidTrainingData
 from app.manifest import Calibration, ManifestInput
 from app.train.calibration import HIGHEST, LOWEST, MIN_ROWS, Judged, fit
 from tests.api_harness import Harness
-from tests.shipped import PROMPTS, SHIPPED
+from tests.shipped import PROMPTS
 
+# Shipped versions that were written before there was such a field.
+WITHOUT = ("address_parse", "clinc_domain", "disfl_qa", "sentiment_mixed")
 LABELS = ["a", "b", "c"]
 Table = list[list[float]]
 
@@ -145,11 +147,10 @@ def test_it_is_content_and_manifests_without_it_keep_their_digest(tmp_path: Path
     bare, with_one = ManifestInput(labels=LABELS), ManifestInput(labels=LABELS, calibration=Calibration(temperature=2))
     digests = {content_digest(b"c", b"t", manifest) for manifest in (bare, with_one)}
     assert len(digests) == 2, "it answers with other probabilities, so it is another version"
-    for task in SHIPPED:
-        folder = PROMPTS / task / "versions" / "1"
+    for folder in (PROMPTS / task / "versions" / "1" for task in WITHOUT):
         raw = (folder / "manifest.json").read_bytes()
         files = [(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
-        assert "calibration" not in json.loads(raw), "written before there was such a field"
+        assert "calibration" not in json.loads(raw)
         assert content_digest(files[0], files[1], read_manifest(raw)) == json.loads(raw)["digest"]
     harness = Harness.create(tmp_path / "prompts")
     with pytest.raises(InvalidPromptFile, match="for a version with labels"):

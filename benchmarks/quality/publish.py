@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, TrainReport
 from benchmarks.quality.report import chosen, evaluation, read_cells
 from benchmarks.quality.run import NUM_SHOTS
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import TASKS, StudyTask
 
 DESCRIPTIONS = {
     "banking77": "Intent of a bank customer's message: one of 77.",
@@ -44,7 +45,7 @@ def source(folder: Path) -> dict[str, str]:
     return {name: re.sub(r" \(.*\)$", "", text) for name, text in found}
 
 
-def job_of(cell: dict[str, Any], data: Path, report: TrainReport, command: str) -> Job:
+def job_of(cell: dict[str, Any], data: Path, report: TrainReport) -> Job:
     task = TASKS[cell["task"]]
     splits = task.splits(data)
     return Job(
@@ -57,8 +58,28 @@ def job_of(cell: dict[str, Any], data: Path, report: TrainReport, command: str) 
         stop=[] if task.classify else ["\n"],
         description=DESCRIPTIONS.get(task.name, task.instruction),
         source=source(data / task.name),
-        command=command,
+        command=command(task, report.recipe),
     )
+
+
+def command(task: StudyTask, recipe: dict[str, Any]) -> str:
+    """What trains the same without the study."""
+    options = {
+        "data": f"data/{task.name}",
+        "template": task.template.text,
+        "method": recipe.get("method", "prompt_tuning"),
+        "init-text": recipe["init_text"],
+        "virtual-tokens": recipe["num_virtual_tokens"],
+        "steps": recipe["max_steps"],
+        "seed": recipe["seed"],
+        **{name.replace("_", "-"): recipe[name] for name in ("batch_size", "learning_rate", "eval_every")},
+        **{name.replace("_", "-"): recipe[name] for name in ("eval_rows", "patience")},
+    }
+    words = ["softprompt", "train", task.name]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    words += ["--classify"] if task.classify else ["--max-tokens", str(task.max_tokens), "--stop", "\n"]
+    return shlex.join(words)
 
 
 def told(report: TrainReport) -> TrainReport:
@@ -112,14 +133,13 @@ def main() -> None:
             report = TrainReport.load(folder, fields["identity"])
             if report is None:
                 raise SystemExit(f"{folder} has no report of a finished run")
-            passes = f" --epochs {cell['epochs']}" if "epochs" in cell else ""
-            command = f"python -m benchmarks.quality.run --methods {cell['method']} --tasks {cell['task']}{passes}"
-            job = job_of(cell, arguments.data, report, command)
+            report = told(report)
+            job = job_of(cell, arguments.data, report)
             calibration, metrics, cell["answers"] = asyncio.run(measured(job, base, engine, folder))
             (arguments.out / f"{name}.json").write_text(json.dumps(cell), encoding="utf-8")
             metrics |= others(cell, arguments.data, arguments.out)
-            checkpoint = job.read(folder, base, job.manifest(base, told(report), metrics, calibration))
-            version = registry.publish(job.task, checkpoint).version
+            checkpoint = job.read(folder, base, job.manifest(base, report, metrics, calibration))
+            version = registry.publish(job.task, checkpoint, actor="benchmarks.quality").version
             print(f"{version.reference}: {json.dumps(metrics['soft_prompt'])}", flush=True)
     finally:
         engine.stop()

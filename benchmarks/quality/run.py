@@ -41,7 +41,7 @@ RATES: dict[str, Sequence[float]] = {
     "soft100": (0.3, 0.1),
     "residual20": (0.2, 0.07),
     "prefix20": (0.02, 0.007),
-    "cartridge64": (0.02, 0.007),
+    "cartridge64": (0.05, 0.02),
 }
 SOFT: dict[str, dict[str, Any]] = {  # of the recipe
     "soft20": {"num_virtual_tokens": 20},
