@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import driver, http_client, report, summary
+from benchmarks import driver, http_client, report, summary, training
 from benchmarks.driver import Options, Point, Process, WorkerDied, schedule, warm_up
 from benchmarks.workload import LABEL_TOKENS, Spec, Workload
 
@@ -301,3 +301,41 @@ def test_streams_are_counted_however_they_are_cut(piece: int) -> None:
 def test_what_is_not_a_whole_stream_fails(reply: bytes) -> None:
     with serving(lambda _: [reply]) as port, pytest.raises(http_client.StreamFailed):
         http_client.run(port, [http_client.post(port, "/", b"{}")], rows=1)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_trains_only_when_told_and_passes_errors_on() -> None:
+    done: list[int] = []
+
+    def count(lane: training.Lane) -> None:
+        for step in range(100):
+            done.append(step)
+            if lane.step_ended():
+                return
+            if step == 5:
+                raise ValueError("broken")
+
+    lane = training.Lane(count)
+    assert done == []
+    for steps in (1, 3):
+        before = len(done)
+        lane.advance(steps)
+        assert len(done) == before + steps
+    ended = training.Lane(count)
+    ended.advance(2)
+    ended.end()
+    with pytest.raises(ValueError, match="broken"):
+        lane.advance(10)
+
+
+def test_training_ratios_are_taken_within_pairs() -> None:
+    pairs = [{"ours": [1.0, 2.0], "peft": [3.0, 5.0]}, {"ours": [2.0, 1.0], "peft": [2.0, 2.0]}]
+    pairs.append({"ours": [4.0, 1.0], "peft": [8.0, 4.0]})
+    losses = {"ours": [1.0, 0.5, 0.25], "peft": [1.25, 0.5, 0.75]}
+    [line] = training.summary(
+        [{"data": "rows", "virtual": 20, "batch": 16, "pairs": pairs, "losses": losses}], steps=2
+    )  # fmt: skip
+    assert (line["ratio"], line["least"], line["most"], line["cpu_ratio"]) == (2.0, 1.0, 3.0, 2.5)
+    assert (line["ours"], line["peft"], line["first_apart"], line["most_apart"]) == (1.0, 2 / 3, 0.25, 0.5)

@@ -28,6 +28,7 @@ from app.text import Template
 from app.train.check import BadData, check_data
 from app.train.checkpoint import sync
 from app.train.data import Row, read_rows
+from app.train.memory import is_out_of_memory
 from app.train.recipe import Recipe
 from app.train.report import Progress
 
@@ -35,7 +36,6 @@ CHECKED, ROWS_TRAIN, ROWS_VALIDATION, OUT = "checked.json", "train.jsonl", "vali
 TELL_EVERY = 0.5  # seconds between two messages about steps
 MAX_STEPS = 100_000  # that epochs may come to
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 Tell = Callable[..., None]
 
@@ -88,7 +88,7 @@ def main() -> int:
             raise
         tell("full")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         tell("failed", code="out_of_memory", message="the job needs more memory than it may have")
     return 0
