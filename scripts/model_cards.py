@@ -1,9 +1,8 @@
-"""Write a model card, README.md, beside every task in a registry folder, from the manifest of its newest version."""
+"""Write the model card, README.md, of every shipped prompt from the manifest of its newest version."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ NAMES = {
     "copy": "the input, copied",
     "zero_shot": "the base model, told what to do",
     "few_shot": "the base model, told, with 8 solved rows",
-    "lora": "LoRA of rank 8, same rows",
-    "full": "full fine-tuning, same rows",
 }
 SCORES = {
     "accuracy": "accuracy",
@@ -51,7 +48,7 @@ def newest(task: Path) -> Path:
 def rows_of(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     floors = metrics.get("floor", {})
     found = {"soft_prompt": metrics["soft_prompt"], **floors}
-    return found | {name: metrics[name] for name in ("zero_shot", "few_shot", "lora", "full") if name in metrics}
+    return found | {name: metrics[name] for name in ("zero_shot", "few_shot") if name in metrics}
 
 
 def card(task: str, version: int, manifest: dict[str, Any]) -> str:
@@ -65,6 +62,7 @@ def card(task: str, version: int, manifest: dict[str, Any]) -> str:
         shown = [f"{scores[column]:.3f}" if column in scores else "" for column in columns]
         table.append(f"| {NAMES[name]} | {' | '.join(shown)} |")
     method = METHODS[recipe.get("method", "prompt_tuning")].format(n=manifest["num_virtual_tokens"])
+    chosen_on = min(lineage["validation_rows"], recipe["eval_rows"])
     kind = f"one of {len(manifest['labels'])} labels" if manifest["labels"] else "text"
     route = "classify" if manifest["labels"] else "generate"
     body = json.dumps({"task": task, "input": "..."})
@@ -78,7 +76,7 @@ curl http://127.0.0.1:8000/v1/{route} -H 'Content-Type: application/json' -d '{b
 
 ## How good
 
-Version {version}, on the whole test split of {metrics["rows"]} rows that nothing was chosen by:
+Version {version}, on the whole test split of {metrics["rows"]} rows:
 
 {chr(10).join(table)}
 
@@ -86,14 +84,13 @@ Version {version}, on the whole test split of {metrics["rows"]} rows that nothin
 
 - Base model: {manifest["base"]["name"]}, untouched ({manifest["base"]["fingerprint"]}).
 - Method: {method}; {manifest["size_bytes"]:,} bytes.
-- Training: {lineage["train_rows"]:,} rows in {lineage["seconds"] / 60:.0f} minutes; of {lineage["steps"]} steps the one
-  with the least loss on {lineage["validation_rows"]} validation rows is kept, {lineage["best_step"]}. The manifest has
-  the recipe and the command.
+- Training: {lineage["train_rows"]:,} rows; of {lineage["steps"]} steps the one with the least loss on
+  {chosen_on} validation rows is kept, {lineage["best_step"]}. The manifest has the recipe.
 
 ## Data and licences
 
 - Rows: {data["origin"]}; {data["cite"]}; licence {data["licence"]}. None of them is in this folder.
-- This soft prompt: as this repository, Apache-2.0. The base model: Apache-2.0.
+- This soft prompt carries the licence of its data. The base model: Apache-2.0.
 """
 
 
@@ -108,7 +105,6 @@ def cards(registry: Path) -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    root = Path(__file__).resolve().parent.parent
-    for path, text in cards(Path(sys.argv[1]) if len(sys.argv) > 1 else root / "prompts").items():
+    for path, text in cards(Path(__file__).resolve().parent.parent / "prompts").items():
         path.write_text(text, encoding="utf-8")
         print(path)

@@ -9,11 +9,11 @@ import pytest
 from scripts.model_cards import cards, newest
 from tests.shipped import PROMPTS, SHIPPED
 
-CARDS = cards(PROMPTS)
+CARDS = {path: text for path, text in cards(PROMPTS).items() if path.parent.name in SHIPPED}
 
 
 def test_every_shipped_prompt_has_one() -> None:
-    assert {path.parent.name for path in CARDS} >= set(SHIPPED)
+    assert {path.parent.name for path in CARDS if path.is_file()} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("task", SHIPPED)

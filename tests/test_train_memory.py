@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {},
     "p_tuning": {"encoder_hidden_size": 12},
     "prefix_tuning": {},
+    "cartridge": {},
     "multitask_prompt_tuning": {},
 }
 LIMIT = 60  # padded tokens

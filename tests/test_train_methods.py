@@ -448,6 +448,17 @@ def test_a_budget_sets_the_steps_and_the_cosine_ends_within_it(
     assert run(model, replace(recipe, max_steps=9), tmp_path / "few").stopped == "max_steps"
 
 
+def test_a_budget_that_validation_uses_up_still_makes_a_step(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start that nothing was learnt from would be published as trained."""
+    clock = Clock(monkeypatch)
+    clock.costs["app.train.loop.Loop._validate"] = 40.0
+    report = run(model, recipe_of("prompt_tuning", max_steps=1_000, budget_seconds=30.0, eval_every=8), tmp_path)
+    assert report.stopped == "budget" and report.steps == report.best_step == 1
+    assert [point["step"] for point in report.curve] == [0, 1]
+
+
 def test_a_budget_survives_a_resume(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch)
     recipe = recipe_of("prompt_tuning", max_steps=1_000, budget_seconds=30.0, eval_every=8, patience=99)

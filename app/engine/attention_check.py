@@ -27,7 +27,8 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
     lengths = [min(n, most) for n in (1, size, size + 1, 2 * size + 3, 700, 1300)]
     short = range(len(lengths))
     # Rows that exceed a window by little are each alone: of a batch, the reference wants memory for the longest.
-    lengths += [min(window + size + 2, most) for window in g.windows if window in _WINDOWS and window < most]
+    exceeded = [window for window in g.windows if window in _WINDOWS and window < most]
+    lengths += [min(window + size + 2, most) for window in exceeded]
     tables: list[list[int]] = []
     for length in lengths:
         first = 1 + sum(map(len, tables))
@@ -49,11 +50,11 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
             pool[1, block, :filled] = random(filled, g.num_kv_heads, g.head_dim) * scale
     reference = ReferenceAttention(geometry)
     exact = pool.float()
-    for rows, query_lens, static in (
-        (short, [min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=False)], False),
-        (short, [1] * len(short), False),
-        (short, [1] * len(short), attention.graphs),
-        *(([row], [queries], False) for row in range(len(short), len(lengths)) for queries in (5, 1)),
+    for rows, query_lens, static, windows in (
+        (short, [min(n, length) for n, length in zip((1, 1, 7, 1, 33, 1), lengths, strict=False)], False, g.windows),
+        (short, [1] * len(short), False, g.windows),
+        (short, [1] * len(short), attention.graphs, g.windows),
+        *(([row], [n], False, (window,)) for row, window in enumerate(exceeded, len(short)) for n in (5, 1)),
     ):
         taken = ([lengths[row] for row in rows], [tables[row] for row in rows])
         batch = paged_batch(query_lens, *taken, g.device, static=static)
@@ -61,10 +62,12 @@ def check_attention(attention: PagedAttention, geometry: Geometry) -> None:
         q = random(sum(query_lens), g.num_heads, g.head_dim)
         attention.plan(batch)
         reference.plan(plain)
-        for window in g.windows:
+        for window in windows:
             ours = attention(q, pool[0], pool[1], batch, window).float()
             theirs = reference(q.float(), exact[0], exact[1], plain, window)
             error = float((ours - theirs).abs().max())
-            if not error < _TOLERANCE:
+            # Rounding is of what comes out, which with great values and a sharp softmax is more than 1.
+            limit = _TOLERANCE if rows is short else _TOLERANCE * max(1.0, float(theirs.abs().max()))
+            if not error < limit:
                 kind = "static" if static else "ragged" if max(query_lens) > 1 else "single"
                 raise Faulty(f"differs from the reference by {error:.3g} ({kind} batch, window {window})")

@@ -255,7 +255,7 @@ _KERNELS: dict[str, Callable[[Geometry], PagedAttention]] = {
 def _wants_compiler(error: Exception) -> bool:
     """Whether Triton failed because it could not build its launcher, which is C, when a kernel was first used."""
     has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return isinstance(error, subprocess.CalledProcessError) or not (has_compiler or isinstance(error, Unavailable))
+    return isinstance(error, subprocess.CalledProcessError) or (not has_compiler and "C compiler" in str(error))
 
 
 def choose_attention(kind: Kind, geometry: Geometry) -> tuple[PagedAttention, list[Unavailable]]:

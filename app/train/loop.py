@@ -84,7 +84,9 @@ class Loop:
         source = _batches_from(examples, recipe, state.step)
         durations: list[float] = []
         mark = time.monotonic()
-        while state.step < _total(recipe, state) and state.stale < recipe.patience and not _is_spent(recipe, state):
+        while state.step < _total(recipe, state) and state.stale < recipe.patience:
+            if state.step and _is_spent(recipe, state):  # one step is made in any case: the start alone is no training
+                break
             rate = learning_rate(recipe, state.step, _total(recipe, state))
             batch_examples = next(source)
             loss = self._step(batch_examples, rate, state.step + 1)

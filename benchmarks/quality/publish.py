@@ -1,6 +1,6 @@
 """Make a soft prompt of the study a version of its task, as `softprompt train` would have: measured and with lineage.
 
-The engine that serves answers the whole test split; what the other methods of the study reached stands beside it.
+The engine that serves answers the whole test split; what the base model does without training stands beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from app.registry import Registry, Store
 from app.train.job import Job
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, TrainReport
-from benchmarks.quality.report import chosen, evaluation, read_cells
+from benchmarks.quality.report import evaluation, read_cells
 from benchmarks.quality.run import NUM_SHOTS
 from benchmarks.quality.tasks import TASKS, StudyTask
 
+WITHHELD = f"the instruction and what fits of {NUM_SHOTS} solved training rows"
 DESCRIPTIONS = {
     "banking77": "Intent of a bank customer's message: one of 77.",
     "clinc_domain": "Domain of a query to an assistant: one of ten, or out of scope.",
@@ -63,7 +64,12 @@ def job_of(cell: dict[str, Any], data: Path, report: TrainReport) -> Job:
 
 
 def command(task: StudyTask, recipe: dict[str, Any]) -> str:
-    """What trains the same without the study."""
+    """What trains nearly the same without the study, whose rows may have 1,024 tokens.
+
+    Empty where the start is withheld.
+    """
+    if recipe["init_text"] == WITHHELD:
+        return ""
     options = {
         "data": f"data/{task.name}",
         "template": task.template.text,
@@ -78,6 +84,7 @@ def command(task: StudyTask, recipe: dict[str, Any]) -> str:
     words = ["softprompt", "train", task.name]
     for name, value in options.items():
         words += [f"--{name}", str(value)]
+    words += ["--residual"] if recipe.get("residual") else []
     words += ["--classify"] if task.classify else ["--max-tokens", str(task.max_tokens), "--stop", "\n"]
     return shlex.join(words)
 
@@ -86,17 +93,20 @@ def told(report: TrainReport) -> TrainReport:
     """Without the rows that a cartridge begins with: their licences are not this repository's."""
     if not str(report.recipe.get("method", "")).startswith("cartridge"):
         return report
-    begins = f"the instruction and what fits of {NUM_SHOTS} solved training rows"
-    return replace(report, recipe={**report.recipe, "init_text": begins})
+    return replace(report, recipe={**report.recipe, "init_text": WITHHELD})
 
 
-def others(cell: dict[str, Any], data: Path, out: Path) -> dict[str, Any]:
-    """Scores that the study has of other ways, on the same rows."""
+def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registry) -> dict[str, Any]:
+    """What the base model does on these rows without training: of the study, or of a version that measured it."""
     task = TASKS[cell["task"]]
-    cells = read_cells(out)[task.name]
-    test = task.splits(data).test
-    kept = {method: chosen(cells[method])[0] for method in ("few_shot", "lora", "full") if cells.get(method)}
-    return {method: evaluation(task, test, method, found["answers"]).scores for method, found in kept.items()}
+    found = {}
+    for few_shot in read_cells(out)[task.name].get("few_shot", [])[:1]:
+        found["few_shot"] = evaluation(task, task.splits(data).test, "few_shot", few_shot["answers"]).scores
+    for earlier in (own for own in registry.tasks() if own.name == task.name):
+        for version in earlier.versions.values():
+            if "zero_shot" in version.manifest.metrics:
+                found["zero_shot"] = version.manifest.metrics["zero_shot"]
+    return found
 
 
 async def measured(
@@ -137,7 +147,7 @@ def main() -> None:
             job = job_of(cell, arguments.data, report)
             calibration, metrics, cell["answers"] = asyncio.run(measured(job, base, engine, folder))
             (arguments.out / f"{name}.json").write_text(json.dumps(cell), encoding="utf-8")
-            metrics |= others(cell, arguments.data, arguments.out)
+            metrics |= told_in_words(cell, arguments.data, arguments.out, registry)
             checkpoint = job.read(folder, base, job.manifest(base, report, metrics, calibration))
             version = registry.publish(job.task, checkpoint, actor="benchmarks.quality").version
             print(f"{version.reference}: {json.dumps(metrics['soft_prompt'])}", flush=True)

@@ -84,6 +84,9 @@ def main() -> None:
         if len(numbers) != 1:
             raise SystemExit(f"{name}: cells answered {sorted(numbers)} rows; only equal ones can be compared")
         test = whole[: numbers.pop()]
+        passes = {cell.get("epochs") for m, own in cells[name].items() if m not in TOLD for cell in own}
+        if len(passes) > 1:
+            raise SystemExit(f"{name}: cells were trained for {sorted(map(str, passes))} epochs; run them anew")
         inputs = [row.input for row in test]
         for cell in (cell for of_method in cells[name].values() for cell in of_method):
             scores = evaluation(task, test, cell["method"], cell["answers"]).scores
@@ -109,7 +112,7 @@ def main() -> None:
                 costs[method].append((cell["bytes"], cell["train_seconds"], cell["steps"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(kept_cells, indent=1) + "\n", encoding="utf-8")
-    extra = ["best of ours", "% of full", "95 % of the difference"]
+    extra = ["best of ours", "% of full", "95 % of the difference, first seed"]
     print(table(["task", "score", "rows", "floor", *columns, *extra], rows))
     if ratios:
         print(f"\nBest of ours by full fine-tuning, mean of {len(ratios)} tasks: {100 * statistics.mean(ratios):.1f} %")

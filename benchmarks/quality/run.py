@@ -195,6 +195,14 @@ def _soft(
     }
 
 
+def is_done(path: Path, epochs: int) -> bool:
+    """Whether that cell is there, by a run of as many passes where it trains."""
+    if not path.exists():
+        return False
+    cell = json.loads(path.read_text(encoding="utf-8"))
+    return "train_seconds" not in cell or cell.get("epochs") == epochs
+
+
 def work(study: Study, todo: Any) -> None:
     """One worker: cells until there are none, or no time for one."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 8) if study.device == "cuda" else os.cpu_count() or 1)
@@ -204,7 +212,7 @@ def work(study: Study, todo: Any) -> None:
         except queue.Empty:
             return
         path = study.out / f"{cell.name}.json"
-        if path.exists():
+        if is_done(path, study.epochs):
             continue
         began = time.time()
         if study.device == "cuda":  # what the cell before had at most is others' now
@@ -272,7 +280,7 @@ def main() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    done = sum((study.out / f"{cell.name}.json").exists() for cell in wanted)
+    done = sum(is_done(study.out / f"{cell.name}.json", study.epochs) for cell in wanted)
     print(f"{done} of {len(wanted)} cells are done")
 
 

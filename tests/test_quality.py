@@ -1,0 +1,85 @@
+"""The study of docs/quality.md: which cells it runs, what it keeps of them, and what of a prompt may be told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.train.report import TrainReport
+from benchmarks.quality import publish
+from benchmarks.quality.report import chosen, chosen_method
+from benchmarks.quality.run import RATES, cells, is_done
+from benchmarks.quality.tasks import TASKS
+
+SECRET = "a row of data that may not be shown"
+
+
+def report(recipe: dict[str, Any]) -> TrainReport:
+    return TrainReport(
+        steps=8, best_step=8, best_validation_loss=0.5, curve=[], stopped="max_steps", seconds=1.0, trained_tokens=9,
+        train_rows=4, validation_rows=2, data_digest="0", seed=0, template="{input}", base_name="base", recipe=recipe,
+    )  # fmt: skip
+
+
+def recipe(method: str) -> dict[str, Any]:
+    return {
+        "method": method, "init_text": SECRET, "num_virtual_tokens": 20, "max_steps": 8, "seed": 0, "batch_size": 2,
+        "learning_rate": 0.3, "eval_every": 4, "eval_rows": 2, "patience": 3,
+    }  # fmt: skip
+
+
+def test_rows_that_a_cartridge_begins_with_are_told_nowhere() -> None:
+    found = publish.told(report(recipe("cartridge")))
+    assert SECRET not in json.dumps(found.as_dict())
+    assert publish.command(TASKS["snli"], found.recipe) == ""
+    plain = publish.told(report(recipe("prompt_tuning")))
+    assert plain.recipe["init_text"] == SECRET, "which is an instruction there"
+
+
+def test_the_command_is_one_that_the_command_line_takes() -> None:
+    command = publish.command(TASKS["ingredients"], recipe("prompt_tuning") | {"residual": True})
+    assert command.startswith("softprompt train ingredients --data data/ingredients --template '{input}\nFields:'")
+    assert "--residual" in command and "--max-tokens 96" in command and "--classify" not in command
+
+
+def test_every_method_gets_its_first_rate_on_every_task_before_any_gets_its_second() -> None:
+    found = cells(["full", "soft20", "few_shot"], ["snli", "wikisql"], [0, 1], 2)
+    assert [cell.name for cell in found[:6]] == [
+        "snli.full.rate=0.0001.s0",
+        "wikisql.full.rate=0.0001.s0",
+        "snli.soft20.rate=0.3.s0",
+        "wikisql.soft20.rate=0.3.s0",
+        "snli.few_shot.s0",
+        "wikisql.few_shot.s0",
+    ]
+    assert len(found) == len({cell.name for cell in found}) == 2 * (2 * 2 * 2 + 2)
+    assert {len(rates) for rates in RATES.values()} == {2}, "all are tuned alike"
+
+
+def test_the_rate_is_chosen_by_the_validation_loss_over_the_seeds() -> None:
+    found = [
+        {"method": "full", "rate": rate, "seed": seed, "validation_loss": loss}
+        for rate, losses in ((1e-4, (0.1, 0.9)), (3e-5, (0.4, 0.4)))
+        for seed, loss in enumerate(losses)
+    ]
+    assert [(cell["rate"], cell["seed"]) for cell in chosen(found)] == [(3e-5, 0), (3e-5, 1)]
+    assert chosen_method([*found, {"method": "soft20", "validation_loss": 0.44}]) == "soft20"
+
+
+@pytest.mark.parametrize(
+    ("cell", "done"),
+    [
+        ({"answers": []}, True),
+        ({"train_seconds": 1.0, "epochs": 8}, True),
+        ({"train_seconds": 1.0, "epochs": 4}, False),
+        ({"train_seconds": 1.0}, False),
+    ],
+)
+def test_a_cell_of_another_number_of_passes_is_run_anew(tmp_path: Path, cell: dict[str, Any], done: bool) -> None:
+    path = tmp_path / "cell.json"
+    assert not is_done(path, 8)
+    path.write_text(json.dumps(cell))
+    assert is_done(path, 8) is done
