@@ -1,7 +1,7 @@
 """What users notice of a training job: streams before, while and after one trains, through a kill -9 of its worker.
 
 openai-python does what a user would: a file, a job, its events, an answer of the model that comes out. The job is run
-twice with the same seed, the second time killed half-way; both must reach the same scores.
+twice with the same seed, the second time killed half-way; the two must end with the same loss and scores.
 """
 
 from __future__ import annotations
@@ -188,8 +188,11 @@ def main() -> None:
             f"| {when} | {row['first_token_p50_ms']} / {row['first_token_p99_ms']} ms "
             f"| {row['between_tokens_p50_ms']} / {row['between_tokens_p99_ms']} ms | {row['tokens_per_second']} |"
         )
-    for which in ("job", "killed_job"):
-        print(which, json.dumps(found[which]))
+    jobs = [found["job"], found["killed_job"]]
+    for job in jobs:
+        print(json.dumps(job))
+    if any(jobs[0][name] != jobs[1][name] for name in ("validation_loss", "metrics")) or jobs[1]["restarts"] != 1:
+        raise SystemExit("the job that was killed did not end as the other, or was not killed")
 
 
 if __name__ == "__main__":
