@@ -162,6 +162,8 @@ def create_app(
         app.include_router(module.router, responses={"4XX": _PROBLEM, "5XX": _PROBLEM})
     if tracing is not None:
         tracing.install(app, base.info.name)
+    for route in app.routes:  # FastAPI makes them when they are first asked: 0.2 s that no request shall wait
+        route.matches({"type": "http", "method": "GET", "path": "/", "headers": []})
     return app
 
 

@@ -25,6 +25,8 @@ from scripts.gpu_common import (
     worst,
 )
 
+DECODED = 25  # positions at the end of each row, one a step
+
 
 def configurations(machine: Machine) -> dict[str, Any]:
     """Every kind of layer the decoder knows, with heads that the kernels take."""
@@ -99,7 +101,7 @@ def run_rows(forward: FusedDecoder, rows: list[Row]) -> list[torch.Tensor]:
             left = (row.virtual if done[i] < row.virtual else len(row.inputs)) - done[i]
             if left <= 0:
                 continue
-            in_prefill = left > 25 or done[i] < row.virtual
+            in_prefill = left > DECODED or done[i] < row.virtual
             count = min(left, choose.randint(2, 60)) if in_prefill else 1
             spans.append(row.span(done[i], done[i] + count, count))
             owners.append(i)

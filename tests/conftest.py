@@ -19,11 +19,14 @@ from app.config import PREFIX, Settings
 from app.errors import InvalidBaseModel
 from app.model_source import DEFAULT_MODEL
 from tests.registry_parent import Child
+from tests.shared_routes import share_routes
 
 # The same examples in every run: a red one is about the change. `--hypothesis-profile=random` explores.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("default")
+
+share_routes()
 
 _CACHE_DIR = Settings.load().cache_dir
 

@@ -154,9 +154,9 @@ def run_mix(seed: int, backend: str, monkeypatch: pytest.MonkeyPatch, pressure: 
     return len(asked)
 
 
-@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("chunk", range(5))
 def test_every_answer_is_what_it_would_be_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All chunks together: more than 2,000 sequences, to the bit."""
+    """All chunks together: more than 1,000 sequences, to the bit; `long` has 50 times as many."""
     compared, pressure = run_mixes(range(24 * chunk, 24 * chunk + 24), "native", monkeypatch)
     assert compared >= 200
     assert pressure["preemptions"] > 0 and pressure["evictions"] > 0 and pressure["cached"] > 0, pressure
@@ -164,7 +164,7 @@ def test_every_answer_is_what_it_would_be_alone(chunk: int, monkeypatch: pytest.
 
 @pytest.mark.parametrize("backend", ["fused", "transformers"])
 def test_the_same_within_rounding(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_mixes(range(12), backend, monkeypatch)
+    run_mixes(range(6), backend, monkeypatch)
 
 
 @pytest.mark.long

@@ -169,8 +169,8 @@ def test_wrong_types_in_every_field(client: TestClient) -> None:
     """The types are strict, so most are 400; what fits is served, and nothing is anything else."""
     for path, (model, least) in BODIES.items():
         assert send(client, "POST", path, dump(least)).status_code == 200
-        # OpenAI's routes have many fields of the same kinds: each gets a third of the values.
-        step = 1 if path in ("/v1/generate", "/v1/classify") else 3
+        # Many fields are of the same kinds: each gets a part of the values, another one than the fields beside it.
+        step = 2 if path in ("/v1/generate", "/v1/classify") else 5
         pairs = [
             (field, value) for number, field in enumerate(model.model_fields) for value in WRONG[number % step :: step]
         ]
@@ -182,7 +182,9 @@ def test_wrong_types_in_every_field(client: TestClient) -> None:
 
 
 def test_names(client: TestClient) -> None:
-    for (method, path), name in itertools.product(BY_NAME, NAMES):
+    for (place, (method, path)), (number, name) in itertools.product(enumerate(BY_NAME), enumerate(NAMES)):
+        if (place + number) % 3:  # every name at a third of the routes, every route with a third of the names
+            continue
         for quoted in {quote(name, safe="").replace(".", "%2E"), quote(name, safe="/:@")}:
             if "." in quoted.split("/") or ".." in quoted.split("/"):
                 continue  # the client itself would resolve it
@@ -332,7 +334,7 @@ def run(harness: Harness, client: TestClient, seed: int, count: int, seconds: fl
 
 
 def test_random_requests(harness: Harness, client: TestClient) -> None:
-    run(harness, client, SEED, 2_000)
+    run(harness, client, SEED, 500)
 
 
 @pytest.mark.long

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Unsatisfiable
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 from pydantic import BaseModel
@@ -51,10 +50,10 @@ def operations(harness: Harness) -> Iterator[Any]:
 
 
 def modes(operation: Any) -> list[GenerationMode]:
-    """An operation that takes only a path's texts has nothing that does not fit, and searching for it takes long."""
+    """An operation that takes only texts, in its path and headers, has nothing that does not fit: the search is long."""
     definition = operation.definition.raw
     takes = {parameter["in"] for parameter in definition.get("parameters", [])}
-    only_texts = takes <= {"path"} and "requestBody" not in definition
+    only_texts = takes <= {"path", "header"} and "requestBody" not in definition
     return [GenerationMode.POSITIVE] if only_texts else [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 
 
@@ -110,16 +109,12 @@ def exercise(harness: Harness, count: int) -> Counter[str]:
                         found[f"200 {case.path}"] += 1
                     found["late" if late else f"{fits[mode]} {reply.status_code // 100}xx"] += 1  # noqa: B023 (run at once)
 
-                try:
-                    run()
-                except Unsatisfiable:  # texts in paths and headers: hardly anything does not fit those
-                    assert mode is GenerationMode.NEGATIVE
-                    found["none that does not fit"] += 1
+                run()
     return found
 
 
 def test_every_operation(harness: Harness) -> None:
-    found = exercise(harness, 6)
+    found = exercise(harness, 4)
     assert found.total() > 120 and found["positive 2xx"] > 12 and found["negative 4xx"] > 25, found
     assert not found["positive 5xx"] + found["negative 5xx"]
 

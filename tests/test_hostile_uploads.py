@@ -64,8 +64,8 @@ def run(
 
 
 def test_malformed_uploads(harness: Harness, client: TestClient) -> None:
-    found = run(harness, client, SEED, 600)
-    assert found[None] > 30 and len(found) > 15, found
+    found = run(harness, client, SEED, 240)
+    assert found[None] > 12 and len(found) > 15, found
     tasks = client.get("/v1/tasks").json()["data"]
     assert [task["task"] for task in tasks] == ["hostile"] and len(tasks[0]["versions"]) <= found[None]
 
@@ -82,7 +82,7 @@ def test_malformed_single_files(client: TestClient) -> None:
     """The other form of an upload, with the configuration in the metadata."""
     rng = Random(SEED)
     found: Counter[int] = Counter()
-    for index in range(300):
+    for index in range(150):
         given = case(SEED, index)
         config = rng.choice((given.config.decode("utf-8", "replace"), "", "{}", "\u202e", '{"peft_type": 1}'))
         length = int.from_bytes(given.tensors[:8], "little")
@@ -96,7 +96,7 @@ def test_malformed_single_files(client: TestClient) -> None:
         if reply.status_code >= 400:
             check(reply, reply.status_code)
         found[reply.status_code] += 1
-    assert found[422] > 200
+    assert found[422] > 100
 
 
 def _json(text: str) -> bytes:

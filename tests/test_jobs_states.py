@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from app.errors import EngineFailed, NotReady, Overloaded
 from app.jobs.job import Job
 from app.jobs.lease import Lease
 from app.jobs.publisher import Publisher
+from app.registry.durable import FileSystem
 from app.soft_prompt import SoftPrompt
 from tests.api_harness import Harness, wait_until
 from tests.jobs_harness import Jobs, fast_jobs
@@ -48,6 +50,25 @@ def test_a_job_succeeds(jobs: Jobs) -> None:
     told = jobs.messages(job)
     assert told[0] == "Created fine-tuning job" and told[-1] == "The job has successfully completed"
     assert "a warning" in told and "New fine-tuned model created: mood:1" in told
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "last"),
+    [("step", "succeeded", "The job has successfully completed"), ("fail", "failed", "the loss is not finite")],
+)
+def test_who_sees_how_it_ended_finds_why(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, script: str, status: str, last: str
+) -> None:
+    rename, told = FileSystem.rename, []
+
+    def look(self: FileSystem, source: Path, target: Path) -> None:
+        if target.name == "job.json" and json.loads(source.read_bytes())["status"] == status:
+            told.append((target.parent / "events.jsonl").read_text().splitlines()[-1])
+        rename(self, source, target)
+
+    monkeypatch.setattr(FileSystem, "rename", look)
+    jobs.until(jobs.create(script=script), "succeeded", "failed")
+    assert [last in line for line in told] == [True]
 
 
 def test_bad_data_fails_it_and_nothing_is_published(jobs: Jobs) -> None:

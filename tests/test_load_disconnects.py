@@ -113,7 +113,7 @@ def leave_at_random(root: Path, count: int) -> None:
 
 
 def test_disconnects_at_random_points(tmp_path: Path) -> None:
-    leave_at_random(tmp_path / "prompts", 300)
+    leave_at_random(tmp_path / "prompts", 150)
 
 
 @pytest.mark.long

@@ -233,7 +233,7 @@ def test_the_answers_differ() -> None:
 
 
 def test_swaps_under_load(tmp_path: Path) -> None:
-    swaps = swap(tmp_path / "prompts", 300)
+    swaps = swap(tmp_path / "prompts", 100)
     assert len(swaps.named) > 10
 
 

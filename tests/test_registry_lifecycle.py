@@ -421,4 +421,4 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 TestLifecycle = Lifecycle.TestCase
-TestLifecycle.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True)
+TestLifecycle.settings = settings(max_examples=20, stateful_step_count=25, deadline=None, derandomize=True)

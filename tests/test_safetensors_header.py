@@ -211,7 +211,7 @@ EDIT = st.tuples(st.integers(0, 200), st.integers(0, 6), st.sampled_from(PIECES)
 
 
 @given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, max_size=3), data=st.sampled_from([DATA, DATA[:-4]]))
-@settings(max_examples=800, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 def test_edited_headers_never_pass_what_the_library_refuses(
     seed: str, edits: list[tuple[int, int, str]], data: bytes
 ) -> None:
@@ -225,7 +225,7 @@ def test_edited_headers_never_pass_what_the_library_refuses(
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
     tail=st.binary(max_size=3),
 )
-@settings(max_examples=400, deadline=None, database=None)
+@settings(max_examples=200, deadline=None, database=None)
 def test_changed_bytes_raise_nothing_but_invalid_prompt_file(
     size: int, changes: list[tuple[int, int]], tail: bytes
 ) -> None:

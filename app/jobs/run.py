@@ -27,7 +27,7 @@ from app.jobs.job import Job, JobError, Status
 from app.jobs.moves import failed, halted, requeued, stepped, succeeded, trained
 from app.jobs.owner import check_owner
 from app.jobs.publisher import Publisher
-from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, RecordDamaged
+from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, RecordDamaged, Told
 from app.jobs.worker import COMMAND, ENDINGS, Bounds, Worker
 
 logger = logging.getLogger(__name__)
@@ -84,12 +84,11 @@ class Run:
             error = failure.error
             if isinstance(failure, Refused):
                 await self._tell_problems(failure)
-            if await self._persist(partial(failed, error=error, now=int(time.time()))):
-                await self._tell("error", f"The job failed: {error.message}", data={"code": error.code})
+            told: Told = ("error", f"The job failed: {error.message}", {"code": error.code})
+            await self._persist(partial(failed, error=error, now=int(time.time())), told)
         except StorageFull as error:
             # Nothing is lost: whoever makes room can resume it.
-            if await self._persist(halted):
-                await self._tell("error", f"The job is paused: {error.message}")
+            await self._persist(halted, ("error", f"The job is paused: {error.message}", None))
         except Crashed as crash:
             await self._crashed(str(crash))
         except SoftpromptError:
@@ -145,14 +144,14 @@ class Run:
         )
         self._access.audit(entry)
         await self._keep(evaluation)
-        if not await self._persist(partial(succeeded, reference=reference, result=result, now=int(time.time()))):
-            return
+        told: list[Told] = []
         gate = result["gate"]
         if gate is not None:
             verb = "was moved" if gate["moved"] else "was not moved"
-            await self._tell("info", f"The alias {gate['alias']} {verb}: {gate['reason']}", data=gate)
-        await self._tell("info", f"New fine-tuned model created: {reference}")
-        await self._tell("info", "The job has successfully completed")
+            told.append(("info", f"The alias {gate['alias']} {verb}: {gate['reason']}", gate))
+        told.append(("info", f"New fine-tuned model created: {reference}", None))
+        told.append(("info", "The job has successfully completed", None))
+        await self._persist(partial(succeeded, reference=reference, result=result, now=int(time.time())), *told)
 
     async def _work(self, action: Action) -> dict[str, Any]:
         """Run a worker to its end and return its last message.
@@ -271,8 +270,8 @@ class Run:
             return
         message = f"it was started {MAX_CRASHES} times and got no further; the last time {why}"
         error = JobError("training_crashed", message)
-        if await self._persist(partial(failed, error=error, now=int(time.time()))):
-            await self._tell("error", f"The job failed: {message}")
+        told: Told = ("error", f"The job failed: {message}", None)
+        await self._persist(partial(failed, error=error, now=int(time.time())), told)
 
     async def _advance(self, change: Change) -> None:
         """Raises Changed if the job is no longer in the state in which this run knows it."""
@@ -285,8 +284,9 @@ class Run:
 
         self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
 
-    async def _persist(self, change: Change) -> bool:
+    async def _persist(self, change: Change, *told: Told) -> bool:
         """Write how the run ended, as soon as the disk takes it. False if the job is finished, or the run must end."""
+        told = tuple((level, message[:MAX_MESSAGE], data) for level, message, data in told)
         is_open = True
 
         def decide(job: Job) -> Job:
@@ -296,7 +296,7 @@ class Run:
 
         while True:
             try:
-                self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
+                self._job = await self._in_thread(partial(self._store.change, self._job.id, decide, told))
                 return is_open
             except RecordDamaged:
                 raise

@@ -8,13 +8,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app.errors import NotReady, Overloaded, RateLimited, ReferenceNotFound
+from app.errors import NotReady, Overloaded, RateLimited, ReferenceNotFound, StorageFull
 from app.jobs.folders import Folders
 from app.jobs.job import ACTIVE, Event, Job, Level
 from app.jobs.lease import Lease
@@ -32,6 +32,8 @@ EVALUATION = "evaluation.json"  # stays, as the other two do
 TRAINING, VALIDATION, INITIAL = "training.jsonl", "validation.jsonl", "initial.safetensors"
 WORK = "work"  # the worker's own folder
 LOG = "worker.log"
+
+Told = tuple[Level, str, dict[str, Any] | None]  # what an event says, and its data
 
 
 class RecordDamaged(NotReady):
@@ -64,7 +66,7 @@ class JobStore:
             if initial is not None:
                 fs.write_file(draft / INITIAL, initial)
             fs.write_file(draft / JOB, job.to_json())
-            fs.write_file(draft / EVENTS, b"")
+            fs.write_file(draft / EVENTS, _line(job.id, 1, "info", "Created fine-tuning job"))
 
         with self._creating:
             active = [other for other in self.all() if not other.is_finished]
@@ -73,7 +75,6 @@ class JobStore:
             if len(active) >= self._max_active:
                 raise Overloaded("too many training jobs wait for their turn")
             self._folders.create(job.id, fill)
-        self.tell(job.id, "info", "Created fine-tuning job")
 
     def ids(self) -> list[str]:
         """The newest first."""
@@ -106,12 +107,20 @@ class JobStore:
         found = Counter(job.status for job in self.all())
         return {status: found[status] for status in ACTIVE}
 
-    def change(self, job_id: str, decide: Callable[[Job], Job]) -> Job:
-        """Put what `decide` makes of the job in its place, durably; what it raises is passed on and changes nothing."""
+    def change(self, job_id: str, decide: Callable[[Job], Job], told: Sequence[Told] = ()) -> Job:
+        """Put what `decide` makes of the job in its place, durably; what it raises is passed on and changes nothing.
+
+        Who sees the change finds the events that are `told` of it. They do not stop it if they cannot be written, and
+        stand there once if it cannot and is tried again.
+        """
         with self._locked(job_id):
             before = self.get(job_id)
             after = decide(before)
             if after != before:
+                try:
+                    self._tell_once(job_id, told)
+                except (StorageFull, NotReady) as error:
+                    logger.warning("events of %s are lost: %s", job_id, error.message)
                 self._folders.replace(job_id, JOB, after.to_json())
             return after
 
@@ -125,20 +134,29 @@ class JobStore:
         data: dict[str, Any] | None = None,
     ) -> None:
         """Add an event; `metrics` make it one of OpenAI's type "metrics"."""
-        kind: Any = "message" if metrics is None else "metrics"
-        with self._locked(job_id), storage_errors():
+        with self._locked(job_id):
+            self._add(job_id, level, message, metrics, data)
+
+    def _tell_once(self, job_id: str, told: Sequence[Told]) -> None:
+        last = [[event.level, event.message, event.data] for event in self.events(job_id)[: len(told)]]
+        if last[::-1] != json.loads(json.dumps(told)):
+            for level, message, data in told:
+                self._add(job_id, level, message, None, data)
+
+    def _add(
+        self, job_id: str, level: Level, message: str, metrics: dict[str, Any] | None, data: dict[str, Any] | None
+    ) -> None:
+        """Under the job's lock."""
+        with storage_errors():
             path = self._folders.path(job_id) / EVENTS
             lines = _lines(path.read_bytes())
             if metrics is not None and len(lines) >= MAX_EVENTS:
                 return
-            number = len(lines) + 1
-            event = Event(f"ftevent-{job_id[6:]}-{number:06d}", int(time.time()), level, message, kind, metrics or data)
-            text = json.dumps(asdict(event), allow_nan=False).encode()
             with path.open("r+b") as file:
                 # NOTE: what a writer that died left of a line is overwritten: it was never told to anybody.
                 file.seek(sum(len(line) + 1 for line in lines))
                 file.truncate()
-                file.write(text + b"\n")
+                file.write(_line(job_id, len(lines) + 1, level, message, metrics, data))
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -220,6 +238,20 @@ class JobStore:
         assert lease is not None
         with lease:
             yield
+
+
+def _line(
+    job_id: str,
+    number: int,
+    level: Level,
+    message: str,
+    metrics: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> bytes:
+    """An event as it is stored."""
+    kind: Any = "message" if metrics is None else "metrics"
+    event = Event(f"ftevent-{job_id[6:]}-{number:06d}", int(time.time()), level, message, kind, metrics or data)
+    return json.dumps(asdict(event), allow_nan=False).encode() + b"\n"
 
 
 def _lines(data: bytes) -> list[bytes]:
