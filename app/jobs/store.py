@@ -111,7 +111,7 @@ class JobStore:
         """Put what `decide` makes of the job in its place, durably; what it raises is passed on and changes nothing.
 
         Who sees the change finds the events that are `told` of it. They do not stop it if they cannot be written, and
-        are not written again if it cannot and is tried again. A process that dies in between may have told them in vain.
+        are not written again if it cannot and is tried again. A process that dies between may have told them in vain.
         """
         with self._locked(job_id):
             before = self.get(job_id)
