@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "prompts"
 SHIPPED = (
     "address_parse",
+    "banking77",
     "clinc_domain",
     "disfl_qa",
     "emotion_ekman",
