@@ -50,7 +50,7 @@ def operations(harness: Harness) -> Iterator[Any]:
 
 
 def modes(operation: Any) -> list[GenerationMode]:
-    """An operation that takes only texts, in its path and headers, has nothing that does not fit: the search is long."""
+    """An operation that takes only texts, in path and headers, has nothing that does not fit: the search is long."""
     definition = operation.definition.raw
     takes = {parameter["in"] for parameter in definition.get("parameters", [])}
     only_texts = takes <= {"path", "header"} and "requestBody" not in definition
