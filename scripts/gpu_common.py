@@ -86,8 +86,8 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def seconds(self, run: Callable[[], Any], repeat: int) -> float:

@@ -54,6 +54,7 @@ def run(*arguments: object, stdin: str | bytes = "", terminal: bool = False, exp
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
         patch.setattr(sys, "stdin", given)
+        patch.setattr("typer.main.get_command", lambda _: COMMAND)
         with pytest.raises(SystemExit) as exit_:
             main.main()
     code = exit_.value.code or 0

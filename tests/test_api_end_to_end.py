@@ -1,16 +1,9 @@
-"""The whole server on a tiny model: a checkpoint that PEFT saved, over HTTP, against PEFT; and the real process."""
+"""The whole server on a tiny model: a checkpoint that PEFT saved, over HTTP, against PEFT."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +20,7 @@ from app.train import Recipe, Row
 from app.train.trainer import train
 from tests.api_harness import events, wait_until
 from tests.peft_oracle import oracle_generate, oracle_logits, save_adapter
-from tests.tiny import save_tiny, tiny_base
+from tests.tiny import tiny_base
 
 BASE = tiny_base("llama")
 TEXTS = ["the first one", "and another text", "x"]
@@ -130,51 +123,6 @@ def test_context_length_to_the_token(client: TestClient) -> None:
 def test_empty_input(client: TestClient) -> None:
     reply = client.post("/v1/generate", json={"input": ["x", ""]})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input")
-
-
-def test_the_process(tmp_path: Path) -> None:
-    """`serve` says when it is ready, drains on SIGTERM, and exits with 0."""
-    save_tiny(tmp_path / "model", "llama")
-    script = "from app.config import Settings; from app.main import serve; serve(Settings.load())"
-    settings = {"MODEL": "model", "REGISTRY": "prompts", "CACHE_DIR": "cache", "PORT": "0", "THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
-            **{f"SOFTPROMPT_{name}": value for name, value in settings.items()},
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert process.stdout is not None and process.stderr is not None
-            line = process.stdout.readline()
-            assert line.startswith("softprompt ready on http://127.0.0.1:"), line + process.stderr.read()
-            assert line.endswith(" (base model, 0 tasks)\n")
-            port = int(line.split(":")[2].split()[0])
-            assert ask(port, "GET", "/readyz")[0] == 200
-            status, body = ask(port, "POST", "/v1/generate", {"input": "the", "max_tokens": 4})
-            assert status == 200 and body["usage"]["completion_tokens"] <= 4
-            process.send_signal(signal.SIGTERM)
-            wait_until(lambda: ask(port, "GET", "/readyz")[0] == 503)
-            assert process.wait(20) == 0
-            assert "Traceback" not in process.stderr.read()
-        finally:
-            process.kill()
-
-
-def ask(port: int, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request(method, path, body and json.dumps(body), {"content-type": "application/json"})
-        reply = connection.getresponse()
-        return reply.status, json.loads(reply.read())
-    finally:
-        connection.close()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -20,6 +20,7 @@ from app.train.calibration import Judged
 from app.train.recipe import METHODS
 from tests.api_harness import files
 from tests.cli_harness import run
+from tests.shared_kernel import share_kernel
 from tests.test_html_report import Page
 from tests.tiny import save_tiny
 
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_tiny(tmp_path / "tiny", "llama")
+    share_kernel(tmp_path / "cache")
     monkeypatch.setenv("SOFTPROMPT_MODEL", str(tmp_path / "tiny"))
     monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
     monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "cache"))

@@ -14,6 +14,7 @@ from app.base_model import load_base_model
 from app.cli import main
 from app.errors import InvalidPromptFile, InvalidRequest, ReferenceNotFound
 from app.registry import Registry, Store
+from tests.shared_kernel import share_kernel
 from tests.tiny import save_tiny
 
 runner = CliRunner()
@@ -22,6 +23,7 @@ runner = CliRunner()
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_tiny(tmp_path / "tiny", "llama")
+    share_kernel(tmp_path / "cache")
     monkeypatch.setenv("SOFTPROMPT_MODEL", str(tmp_path / "tiny"))
     monkeypatch.setenv("SOFTPROMPT_REGISTRY", str(tmp_path / "prompts"))
     monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "cache"))

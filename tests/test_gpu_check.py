@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,17 +220,15 @@ def test_late_between_two_kernels(machine: Machine, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_what_hangs_is_ended(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    code = """
-import pathlib, sys, time
-from scripts import gpu_check
-report = gpu_check.Report()
-report.check("first", True)
-with gpu_check.watchdog(report, pathlib.Path(sys.argv[1]), 0.2):
-    time.sleep(60)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=50)
-    assert done.returncode == 1 and "2 checks, 1 failed" in done.stdout
+def test_what_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, report = tmp_path / "report.json", Report()
+    report.check("first", True)
+    statuses, ended = [], threading.Event()
+    monkeypatch.setattr("os._exit", lambda status: (statuses.append(status), ended.set()))
+    with gpu_check.watchdog(report, path, 0.2):
+        assert ended.wait(50)
+    assert statuses == [1] and "2 checks, 1 failed" in capsys.readouterr().out
     results = json.loads(path.read_text())
     assert not results["ok"] and [check["name"] for check in results["parity"]] == ["first", "in time"]

@@ -32,7 +32,7 @@ ROWS = [
 ]
 METHOD: Any = {
     "type": "prompt_tuning",
-    "prompt_tuning": {"hyperparameters": {"max_steps": 200, "num_virtual_tokens": 5, "eval_every": 50, "patience": 9}},
+    "prompt_tuning": {"hyperparameters": {"max_steps": 100, "num_virtual_tokens": 5, "eval_every": 25, "patience": 9}},
 }
 
 

@@ -21,13 +21,14 @@ import pytest
 from app.registry import Registry, Store
 from tests.api_harness import events, read_stream, wait_until
 from tests.load_harness import BASE, Reply, ask, tensors
+from tests.shared_kernel import share_kernel
 from tests.tiny import save_tiny
 
-DRAIN_TIMEOUT = 10.0
+DRAIN_TIMEOUT = 6.0
 NUM_LONG = 6
 ROWS = 80
 LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True}  # six outlive the drain
-SHORT = {"input": ["x"] * 2, "max_tokens": 300, "ignore_eos": True}
+SHORT = {"input": ["x"] * 2, "max_tokens": 100, "ignore_eos": True}
 
 
 @dataclass
@@ -58,17 +59,18 @@ class Process:
         assert self.process.wait(30) == 0
         assert self.process.stderr is not None
         errors = self.process.stderr.read()
-        assert "the engine died" not in errors, errors
+        assert "the engine died" not in errors and "Traceback" not in errors, errors
 
 
 @contextmanager
 def serving(root: Path, **settings: Any) -> Iterator[Process]:
     """`softprompt serve` on a tiny model, one row at a time."""
-    model = save_tiny(root / "tiny-llama", "llama")
+    save_tiny(root / "tiny-llama", "llama")
+    share_kernel(root / "cache")
     given = {
-        "MODEL": model,
-        "REGISTRY": root / "prompts",
-        "CACHE_DIR": root / "cache",
+        "MODEL": "tiny-llama",
+        "REGISTRY": "prompts",
+        "CACHE_DIR": "cache",
         "PORT": 0,
         "THREADS": 1,
         "ALLOWED_HOSTS": "*",
@@ -80,8 +82,12 @@ def serving(root: Path, **settings: Any) -> Iterator[Process]:
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "app.cli", "serve"],
-        env={**os.environ, **{f"SOFTPROMPT_{name}": str(value) for name, value in given.items()}},
-        cwd=Path(__file__).resolve().parent.parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+            **{f"SOFTPROMPT_{name}": str(value) for name, value in given.items()},
+        },
+        cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -90,7 +96,8 @@ def serving(root: Path, **settings: Any) -> Iterator[Process]:
         try:
             assert process.stdout is not None and process.stderr is not None
             line = process.stdout.readline()
-            assert line.startswith("softprompt ready on "), line + process.stderr.read()
+            assert line.startswith("softprompt ready on http://127.0.0.1:"), line + process.stderr.read()
+            assert line.endswith(" (base tiny-llama, 0 tasks)\n")
             yield Process(process, int(line.split(":")[2].split()[0]), root)
         finally:
             process.kill()
@@ -140,7 +147,7 @@ def test_sigterm(tmp_path: Path, upload: str) -> None:
             reader.join()
         server.end()
         assert accepted.status == 200, "the listener is open until a load balancer has seen that it drains"
-        assert events(ended[0])[-1]["usage"]["completion_tokens"] == 2 * 300
+        assert events(ended[0])[-1]["usage"]["completion_tokens"] == 2 * 100
         assert len(json.loads(ended[1])["outputs"]) == 2
         assert events(ended[-1])[-1]["error"]["code"] == "not_ready"
         for reply in map(json.loads, ended[2:-1]):  # finished or told

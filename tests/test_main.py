@@ -12,6 +12,7 @@ from fastapi import routing
 from app import main
 from app.config import Settings
 from tests.api_harness import Harness
+from tests.shared_kernel import share_kernel
 from tests.tiny import save_tiny
 
 
@@ -33,6 +34,7 @@ def test_the_garbage_collector_leaves_what_was_there_at_start(tmp_path: Path, mo
 
     monkeypatch.setattr(main.Server, "run", run)
     folder = save_tiny(tmp_path / "model", "llama")
+    share_kernel(tmp_path / "cache")
     settings = Settings(
         model=str(folder), registry=tmp_path / "prompts", cache_dir=tmp_path / "cache", port=0, kv_cache_tokens=1024
     )

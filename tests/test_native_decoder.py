@@ -60,14 +60,14 @@ MODELS = ("llama", "qwen2", *CONFIGS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this module's kernel is built. Skips where it cannot be."""
-    folder = tmp_path_factory.mktemp("kernel")
+def kernel_dir() -> Path:
+    """Where the kernel is built. Skips where it cannot be."""
     try:
-        build.load_kernel(folder)
+        path = build.build()
+        build.load_kernel(path.parent)
     except NativeUnavailable as error:
         pytest.skip(str(error))
-    return folder
+    return path.parent
 
 
 def model_of(name: str, seed: int = 0) -> Any:
