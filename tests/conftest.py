@@ -6,39 +6,45 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest
-import torch
 
-from app.base_model import BaseModel, fetch_base_model, load_base_model
-from app.config import PREFIX, Settings
-from app.errors import InvalidBaseModel
-from app.model_source import DEFAULT_MODEL
 from tests.registry_parent import Child
-from tests.shared_routes import share_routes
+
+# What takes long to import is imported where it is used: the process that only hands out tests needs none of it.
+if TYPE_CHECKING:
+    from app.base_model import BaseModel
 
 # The same examples in every run: a red one is about the change. `--hypothesis-profile=random` explores.
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("default")
 
-share_routes()
-
-_CACHE_DIR = Settings.load().cache_dir
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny models lose more to threads than they gain, and sums come out the same every time."""
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_routes() -> None:
+    from tests.shared_routes import share_routes
+
+    share_routes()
 
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.config import PREFIX
+
     for name in list(os.environ):
         if name.upper().startswith(PREFIX) or name == "PORT":
             monkeypatch.delenv(name)
@@ -48,11 +54,17 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def default_base() -> BaseModel:
     """The default base model, in float32 on the CPU. Tests that use it carry the marker `model`."""
+    from app.base_model import fetch_base_model, load_base_model
+    from app.config import Settings
+    from app.errors import InvalidBaseModel
+    from app.model_source import DEFAULT_MODEL
+
+    cache_dir = Settings.load().cache_dir  # as it is said outside: no test has begun
     try:
-        fetch_base_model(DEFAULT_MODEL, cache_dir=_CACHE_DIR)
+        fetch_base_model(DEFAULT_MODEL, cache_dir=cache_dir)
     except InvalidBaseModel as error:
         pytest.skip(f"the default base model is not in the cache and cannot be fetched: {error}")
-    return load_base_model(DEFAULT_MODEL, cache_dir=_CACHE_DIR, device="cpu")
+    return load_base_model(DEFAULT_MODEL, cache_dir=cache_dir, device="cpu")
 
 
 @pytest.fixture

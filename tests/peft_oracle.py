@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -54,7 +55,8 @@ def save_adapter(base: PreTrainedModel, folder: Path, peft_type: str, num_virtua
         with torch.no_grad():
             for parameter in model.prompt_encoder.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.7)
-    model.save_pretrained(folder)
+    with patch.object(peft.PeftModel, "create_or_update_model_card"):  # takes longer than all the rest
+        model.save_pretrained(folder)
     base.requires_grad_(False)
     return folder
 

@@ -109,7 +109,7 @@ def test_processes_that_start_at_once(url: str) -> None:
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parent.parent,
         )
-        for _ in range(4)
+        for _ in range(3)
     ]
     for process in started:
         assert process.stdout is not None and process.stdout.readline()
@@ -118,10 +118,10 @@ def test_processes_that_start_at_once(url: str) -> None:
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.close()
-    assert [process.wait(60) for process in started] == [0] * 4
+    assert [process.wait(60) for process in started] == [0] * 3
     with closing(Database(url)) as database:
         number, keys = KeyStore(database).read_if_changed(None)
-    assert (number, len(keys or [])) == (4, 4)
+    assert (number, len(keys or [])) == (3, 3)
 
 
 def test_a_newer_database_is_left_alone(database: Database) -> None:

@@ -37,17 +37,19 @@ MODELS = ("llama", "llama-biases", "qwen2", "qwen2-mixed", "qwen3", "mistral")
 BACKENDS = ("reference", "varlen", "varlen-fa3", "flashinfer")
 WINDOW = 24
 TOLERANCE = 1e-4
+LLAMA = tiny_model("llama")  # for its configuration
+LLAMA_INFO = tiny_info(LLAMA)
 
 
 def family_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if name in ("llama", "qwen2"):
         return tiny_model(name).to(dtype)
-    common: dict[str, Any] = tiny_model("llama").config.to_diff_dict()
+    common: dict[str, Any] = LLAMA.config.to_diff_dict()
     for key in ("architectures", "dtype", "transformers_version", "model_type", "head_dim"):
         common.pop(key, None)
     match name:
         case "llama-biases":
-            config = tiny_model("llama").config.__class__(**common | {"attention_bias": True, "mlp_bias": True})
+            config = LLAMA.config.__class__(**common | {"attention_bias": True, "mlp_bias": True})
         case "qwen2-mixed":
             config = Qwen2Config(
                 **common | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
@@ -126,7 +128,7 @@ def make(
 
 
 def tiny_info_of(model: PreTrainedModel) -> Any:
-    return replace(tiny_info(tiny_model("llama")), head_dim=head_dim_of(model))
+    return replace(LLAMA_INFO, head_dim=head_dim_of(model))
 
 
 def head_dim_of(model: Any) -> int:

@@ -24,7 +24,7 @@ from tests.load_harness import BASE, Reply, ask, tensors
 from tests.shared_kernel import share_kernel
 from tests.tiny import save_tiny
 
-DRAIN_TIMEOUT = 6.0
+DRAIN_TIMEOUT = 3.0
 NUM_LONG = 6
 ROWS = 80
 LONG = {"input": ["the"] * ROWS, "max_tokens": 300, "ignore_eos": True}  # six outlive the drain

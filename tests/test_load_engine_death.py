@@ -17,7 +17,7 @@ MAX_TOKENS = 12
 NUM_CLIENTS = 16
 NUM_INPUTS = 8  # of a classification
 NUM_ROWS = 8
-NUM_DEATHS = 3
+NUM_DEATHS = 2
 RESTART_DELAY = 0.8
 LONG = {"task": "mood", "input": "x", "max_tokens": 450, "ignore_eos": True}
 

@@ -122,7 +122,7 @@ def test_a_flood_of_one_task_leaves_the_others_their_turn(tmp_path: Path) -> Non
 
         alone = ask_the_other()
         with driver(server.port) as clients:
-            clients.start(flood, 2.0, rate=150)
+            clients.start(flood, 1.2, rate=150)
             wait_until(lambda: server.engine.stats().waiting > 80, 30)
             under_flood = ask_the_other()[:3]  # later ones may find that the flood has run off
             sent = clients.finish()

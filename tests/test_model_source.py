@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from app import model_source
 from app.base_model import load_base_model
 from app.errors import InvalidBaseModel
 from app.model_source import DEFAULT_MODEL, base_name, fetch_base_model
+from tests.api_harness import wait_until
 from tests.tiny import save_tiny, save_tiny_gguf, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -125,7 +127,9 @@ def test_a_gguf_file_is_converted_once_per_content(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_two_processes_convert_once(tmp_path: Path) -> None:
+def test_two_processes_convert_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, cache = tmp_path / "m.gguf", tmp_path / "cache"
     save_tiny_gguf(source)
     script = (
@@ -138,22 +142,24 @@ def test_two_processes_convert_once(tmp_path: Path) -> None:
         "while not ((here / 'a').exists() and (here / 'b').exists()): time.sleep(0.01)\n"
         "sys.stdout.write(str(s.fetch_base_model(str(here / 'm.gguf'), cache_dir=here / 'cache')))\n"
     )
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), name],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("a", "b")
-    ]
-    results = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], results
-    said = "".join(error for _, error in results)
+    convert = model_source._convert
+    monkeypatch.setattr(model_source, "_convert", lambda *given: (convert(*given), time.sleep(1)))
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), "a"],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as other:
+        (tmp_path / "b").touch()
+        wait_until(lambda: (tmp_path / "a").exists(), 60)
+        ours = fetch_base_model(str(source), cache_dir=cache)
+        theirs, errors = other.communicate(timeout=120)
+    assert other.returncode == 0, errors
+    said = errors + capsys.readouterr().err
     assert said.count("Converting m.gguf") == 1
     assert said.count("Waiting for another process") == 1
-    assert {out for out, _ in results} == {str(cache / "models" / folders(cache)[0])}
+    assert {str(ours), theirs} == {str(cache / "models" / folders(cache)[0])}
     assert len(folders(cache)) == 1
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from app.engine.native import build
 from app.engine.native.build import NativeUnavailable
+from tests.api_harness import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,11 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
         "build.load_kernel(here / 'kernels')\n"
     )
     folder = Path(build.__file__).parents[3]
-    running = [subprocess.Popen([sys.executable, "-c", script, name], cwd=folder) for name in ("a", "b")]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    with subprocess.Popen([sys.executable, "-c", script, "a"], cwd=folder) as other:
+        (tmp_path / "b").touch()
+        wait_until(lambda: (tmp_path / "a").exists(), 60)
+        build.load_kernel(tmp_path / "kernels")
+        assert other.wait(timeout=120) == 0
     assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 

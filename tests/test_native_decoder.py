@@ -57,6 +57,7 @@ CONFIGS = {
     ),
 }
 MODELS = ("llama", "qwen2", *CONFIGS)
+LLAMA_INFO = tiny_info(tiny_model("llama"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +91,7 @@ class Native:
     def __init__(self, model: Any, folder: Path, quantization: Quantization = None, num_threads: int = 1) -> None:
         config = model.config
         info = replace(
-            tiny_info(tiny_model("llama")),
+            LLAMA_INFO,
             num_layers=config.num_hidden_layers,
             num_kv_heads=config.num_key_value_heads,
             head_dim=model.model.layers[0].self_attn.head_dim,

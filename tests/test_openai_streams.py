@@ -81,7 +81,7 @@ def test_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, rng = Harness.create(tmp_path / "prompts"), Random(6)
     monkeypatch.setattr(harness.base.tokenizer, "chat_template", CHAT_TEMPLATE)
     with harness.client() as client:
-        for _ in range(NUM_REQUESTS // 5):
+        for _ in range(NUM_REQUESTS // 10):
             harness.answer(text(rng, 12))
             body = {"model": "tiny-llama", "messages": [{"role": "user", "content": text(rng, 4)}], **wishes(rng)}
             body.setdefault("max_tokens", 16)
