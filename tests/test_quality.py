@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from app.text import Template
+from app.train.data import Row, encode
 from app.train.report import TrainReport
-from benchmarks.quality import publish
+from benchmarks.quality import finetune, publish
+from benchmarks.quality.predict import classify, label_scores
 from benchmarks.quality.report import chosen, chosen_method
 from benchmarks.quality.run import RATES, cells, is_done
 from benchmarks.quality.tasks import TASKS
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SECRET = "a row of data that may not be shown"
 
@@ -83,3 +89,36 @@ def test_a_cell_of_another_number_of_passes_is_run_anew(tmp_path: Path, cell: di
     assert not is_done(path, 8)
     path.write_text(json.dumps(cell))
     assert is_done(path, 8) is done
+
+
+def test_labels_that_share_a_row_score_as_if_each_were_alone() -> None:
+    model, tokenizer, template = tiny_model("llama"), tiny_tokenizer(), Template("{input}\nForm:")
+    labels = ["a", "bad", "bad weather", "of the weather", "it"]
+    inputs = ["the weather", "x", "a bad day that never ends", "it is", "on and on and on it goes"]
+
+    def alone(text: str, label: str) -> float:
+        prompt = tokenizer(template.prompt(text))["input_ids"]
+        target = tokenizer(template.target(label), add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([prompt + target])).logits[0].double().log_softmax(-1)
+        return sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(target))
+
+    with torch.no_grad():
+        scores = [[alone(text, label) for label in labels] for text in inputs]
+    expected = [labels[row.index(max(row))] for row in scores]
+    assert classify(model, tokenizer, template, labels, inputs) == expected
+    found = label_scores(model, tokenizer, template, labels, inputs)
+    assert found.numpy() == pytest.approx(np.array(scores), abs=1e-3)
+
+
+@pytest.mark.parametrize(("patience", "passes"), [(1, 3), (2, 6), (9, 7)])
+def test_a_baseline_ends_when_passes_are_no_better(monkeypatch: pytest.MonkeyPatch, patience: int, passes: int) -> None:
+    losses = iter([5.0, 4.0, 3.0, 3.5, 2.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(finetune, "_validate", lambda *_: next(losses))
+    tokenizer = tiny_tokenizer()
+    rows = encode([Row("the weather", "bad"), Row("it is", "a")], tokenizer, Template("{input}:"), 64)
+    model = tiny_model("llama").requires_grad_(True)
+    tuned = finetune.finetune(
+        model, rows, rows, kind="full", learning_rate=1e-3, epochs=7, batch_size=2, seed=0, patience=patience
+    )
+    assert len(tuned.losses) == tuned.steps == passes
+    assert tuned.validation_loss == min(tuned.losses)

@@ -52,9 +52,12 @@ def finetune(
     epochs: int,
     batch_size: int,
     seed: int,
+    patience: int,
     deadline: float = math.inf,
 ) -> Tuned:
     """AdamW, linear warm-up and decay, loss on the answers alone; the epoch with the least validation loss is kept.
+
+    Ends before `epochs` once `patience` of them in turn were no better.
 
     LoRA (Hu et al. 2022, arXiv:2106.09685) of rank 8, alpha 16, on every linear layer. `model` is changed.
     Raises OutOfTime at `deadline` (time.monotonic()).
@@ -68,7 +71,7 @@ def finetune(
         tuned = get_peft_model(model, config)
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     lengths = [len(example.ids) for example in train]
     total = epochs * math.ceil(len(train) / batch_size)
     warmup = max(1, round(WARMUP * total))
@@ -94,6 +97,8 @@ def finetune(
         if losses[-1] < least:
             least, best_epoch = losses[-1], epoch + 1
             best = [p.detach().clone() for p in parameters]
+        if epoch + 1 - best_epoch >= patience:
+            break
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.text import Template
@@ -14,7 +14,6 @@ from app.text import Template
 TOKENS_AT_ONCE = 16_384  # of a batch, padding included
 
 
-@torch.inference_mode()
 def classify(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -23,33 +22,69 @@ def classify(
     inputs: Sequence[str],
 ) -> list[str]:
     """The label with the largest summed log-likelihood behind each input, as /v1/classify scores them."""
+    scores = label_scores(model, tokenizer, template, labels, inputs)
+    return [labels[best] for best in scores.argmax(-1).tolist()]
+
+
+@torch.inference_mode()
+def label_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    labels: Sequence[str],
+    inputs: Sequence[str],
+) -> Tensor:
+    """Summed log-likelihoods [inputs, labels] in nats, float64."""
     base: Any = model
     device = model.device
     prompts = tokenizer([template.prompt(text) for text in inputs])["input_ids"]
     targets = tokenizer([template.target(label) for label in labels], add_special_tokens=False)["input_ids"]
-    pairs = [(i, j, [*prompt, *target]) for i, prompt in enumerate(prompts) for j, target in enumerate(targets)]
-    pairs.sort(key=lambda pair: len(pair[2]))
-    scores = torch.full((len(inputs), len(labels)), -torch.inf, dtype=torch.float64)
-    for batch in _batches(pairs):
-        width = len(batch[-1][2])
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for _, _, ids in batch], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, _, ids in batch], device=device)
-        hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        places = [
-            (row, column, token)
-            for row, (i, j, _) in enumerate(batch)
-            for column, token in enumerate(targets[j], start=len(prompts[i]) - 1)
-        ]
-        rows, columns, tokens = (torch.tensor(list(part), device=device) for part in zip(*places, strict=True))
-        found = torch.empty(len(places), dtype=torch.float64)
-        for first in range(0, len(places), TOKENS_AT_ONCE // 4):  # a row of logits is the whole vocabulary
-            part = slice(first, first + TOKENS_AT_ONCE // 4)
-            logits = base.get_output_embeddings()(hidden[rows[part], columns[part]]).float()
-            found[part] = -F.cross_entropy(logits, tokens[part], reduction="none").double().cpu()
-        sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows.cpu(), found)
-        for (i, j, _), score in zip(batch, sums.tolist(), strict=True):
-            scores[i, j] = score
-    return [labels[best] for best in scores.argmax(-1).tolist()]
+    tree = _Tree(targets)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    scores = torch.empty(len(inputs), len(labels), dtype=torch.float64)
+    for chosen in _batches(order, [len(prompt) + len(tree.tokens) for prompt in prompts]):
+        width = max(len(prompts[i]) for i in chosen)
+        end = width + len(tree.tokens)
+        padding = torch.tensor([width - len(prompts[i]) for i in chosen])
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] + tree.tokens for i in chosen])
+        positions = torch.cat([torch.arange(width), width + tree.depths]) - padding[:, None]
+        seen = torch.ones(end, end, dtype=torch.bool).tril()
+        seen[width:, width:] = tree.seen
+        # A padded place sees itself, so that no row of the softmax is empty; nothing else sees it.
+        shown = torch.arange(end) >= padding[:, None]
+        mask = (seen & shown[:, None, :] | torch.eye(end, dtype=torch.bool))[:, None]
+        hidden = base.get_decoder()(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.clamp(min=0).to(device),
+            use_cache=False,
+        ).last_hidden_state[:, width - 1 :]
+        for row, i in enumerate(chosen):  # a row of logits is the whole vocabulary
+            logits = base.get_output_embeddings()(hidden[row]).float().log_softmax(-1)
+            found = logits[tree.sources.to(device), tree.targets.to(device)].double().cpu()
+            scores[i] = torch.zeros(len(labels), dtype=torch.float64).index_add_(0, tree.owners, found)
+    return scores
+
+
+class _Tree:
+    """Labels behind one prompt, all in one row: each sees the prompt and its own tokens alone.
+
+    The last token of a label is scored and never read, so labels of one token add none.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[int]]) -> None:
+        self.tokens: list[int] = [token for label in labels for token in label[:-1]]
+        owner = torch.tensor([i for i, label in enumerate(labels) for _ in label[:-1]], dtype=torch.int64)
+        self.depths = torch.tensor([depth for label in labels for depth in range(len(label) - 1)], dtype=torch.int64)
+        self.seen = (owner[:, None] == owner) & (self.depths[:, None] >= self.depths)  # [tokens, tokens]
+        # For each token of each label: whose, which, and behind which place (0 is the prompt's last).
+        self.owners = torch.tensor([i for i, label in enumerate(labels) for _ in label])
+        self.targets = torch.tensor([token for label in labels for token in label])
+        places, first = [], 1
+        for label in labels:
+            places += [0, *range(first, first + len(label) - 1)]
+            first += len(label) - 1
+        self.sources = torch.tensor(places)
 
 
 @torch.inference_mode()
@@ -96,11 +131,11 @@ def _line_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(ids) if len(ids) == 1 else []
 
 
-def _batches(pairs: Sequence[tuple[int, int, list[int]]]) -> list[list[tuple[int, int, list[int]]]]:
-    """Of ascending length, each of so many rows as fit."""
-    found: list[list[tuple[int, int, list[int]]]] = [[]]
-    for pair in pairs:
-        if (len(found[-1]) + 1) * len(pair[2]) > TOKENS_AT_ONCE:
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """The indices, of ascending length, in batches of so many as fit."""
+    found: list[list[int]] = [[]]
+    for index in order:
+        if (len(found[-1]) + 1) * lengths[index] > TOKENS_AT_ONCE:
             found.append([])
-        found[-1].append(pair)
+        found[-1].append(index)
     return found

@@ -85,7 +85,8 @@ class Study:
     out: Path
     model: Path
     device: str
-    epochs: int  # passes over the training rows, of every method alike
+    epochs: int  # passes over the training rows, at most
+    patience: int  # passes that are no better than the best before, after which a run ends
     batch_size: int
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
@@ -116,6 +117,7 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
             epochs=study.epochs,
             batch_size=study.batch_size,
             seed=cell.seed,
+            patience=study.patience,
             deadline=deadline,
         )
         found |= {
@@ -164,7 +166,7 @@ def _soft(
         warmup_steps=min(15, steps // 10),
         eval_every=math.ceil(steps / study.epochs),  # after every pass, as the baselines
         eval_rows=len(validation),
-        patience=study.epochs,
+        patience=study.patience,
         checkpoint_every=steps,
         max_length=MAX_LENGTH,
         seed=cell.seed,
@@ -250,7 +252,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing, and end, after so long")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training rows, of every method alike")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training rows, at most")
+    parser.add_argument("--patience", type=int, default=2, help="passes without a better one that end a run")
     parser.add_argument("--rates", type=int, default=2, choices=(1, 2), help="learning rates of each method")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
@@ -265,6 +268,7 @@ def main() -> None:
         arguments.model,
         arguments.device,
         arguments.epochs,
+        arguments.patience,
         arguments.batch_size,
         arguments.max_rows,
         time.time() + arguments.seconds,
