@@ -84,9 +84,9 @@ def main() -> None:
         if len(numbers) != 1:
             raise SystemExit(f"{name}: cells answered {sorted(numbers)} rows; only equal ones can be compared")
         test = whole[: numbers.pop()]
-        passes = {cell.get("epochs") for m, own in cells[name].items() if m not in TOLD for cell in own}
-        if len(passes) > 1:
-            raise SystemExit(f"{name}: cells were trained for {sorted(map(str, passes))} epochs; run them anew")
+        for m, own in cells[name].items():
+            if len(passes := {cell.get("epochs") for cell in own}) > 1:
+                raise SystemExit(f"{name} by {m}: cells had {sorted(map(str, passes))} passes; run them anew")
         inputs = [row.input for row in test]
         for cell in (cell for of_method in cells[name].values() for cell in of_method):
             scores = evaluation(task, test, cell["method"], cell["answers"]).scores
@@ -109,7 +109,7 @@ def main() -> None:
         rows.append(line + [""] * (4 + len(columns) + 3 - len(line)))
         for method, cell in ((method, cell) for method, own in kept.items() for cell in own):
             if "bytes" in cell:
-                costs[method].append((cell["bytes"], cell["train_seconds"], cell["steps"]))
+                costs[method].append((cell["bytes"], cell["epochs"], cell["steps"], cell["train_seconds"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(kept_cells, indent=1) + "\n", encoding="utf-8")
     extra = ["best of ours", "% of full", "95 % of the difference, first seed"]
@@ -117,12 +117,12 @@ def main() -> None:
     if ratios:
         print(f"\nBest of ours by full fine-tuning, mean of {len(ratios)} tasks: {100 * statistics.mean(ratios):.1f} %")
     medians = [
-        [m, *(f"{statistics.median(cost[i] for cost in costs[m]):,.0f}" for i in range(3))]
+        [m, *(f"{statistics.median(cost[i] for cost in costs[m]):,.0f}" for i in range(4))]
         for m in columns
         if m in costs
     ]
     print("\nMedian over the tasks:\n")
-    print(table(["method", "bytes a task", "seconds of training", "steps"], medians))
+    print(table(["method", "bytes a task", "passes, at most", "steps", "seconds of training"], medians))
 
 
 if __name__ == "__main__":
