@@ -207,7 +207,8 @@ def is_done(path: Path, epochs: int) -> bool:
 
 def work(study: Study, todo: Any) -> None:
     """One worker: cells until there are none, or no time for one."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 8) if study.device == "cuda" else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // 8) if study.device == "cuda" else cores)
     while time.time() < study.deadline:
         try:
             cell: Cell = todo.get(timeout=10)  # not at once: another process may hold the lock
