@@ -29,6 +29,7 @@ from app.train import Progress, Recipe, Row, TrainReport, hold_out, read_rows
 from app.train.checkpoint import load_checkpoint
 from app.train.data import batches, count_shared, digest, encode
 from app.train.forward import Batch, answer_nll, can_share
+from app.train.loop import Loop
 from app.train.schedule import learning_rate
 from app.train.trainer import train
 
@@ -141,6 +142,37 @@ def test_training_learns_and_publishes_what_peft_reads(
         answers = len(example.ids) - example.start
         total, count = total + loss.item() * answers, count + answers
     assert total / count == pytest.approx(report.best_validation_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("average_steps", [1, 3, 100])
+def test_what_is_kept_is_a_mean_over_late_steps(
+    llama: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    average_steps: int,
+) -> None:
+    prompts: list[torch.Tensor] = []
+    clip = Loop._clip
+
+    def spy(self: Loop) -> torch.Tensor:
+        if self.optimizer.state:  # not before the first step
+            prompts.append(self.method.prompt().detach().clone())
+        return clip(self)
+
+    monkeypatch.setattr(Loop, "_clip", spy)
+    changes = {"max_steps": 15, "eval_every": 14, "average_steps": average_steps, "patience": 1}
+    losses = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(Loop, "_validate", lambda _, __: next(losses))
+    report = run(llama, tokenizer, tmp_path, recipe=Recipe(**{**RECIPE.as_dict(), **changes}))
+    assert (report.best_step, len(prompts)) == (14, 14)
+    shares = [max(1 / average_steps, min(1.0, 9 / (step + 8))) for step in range(1, 15)]
+    weights = [share * math.prod(1 - later for later in shares[i + 1 :]) for i, share in enumerate(shares)]
+    assert sum(weights) == pytest.approx(1) and weights[-1] >= 1 / average_steps
+    mean = sum(weight * prompt.double() for weight, prompt in zip(weights, prompts, strict=True))
+    kept = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.allclose(kept.double(), torch.as_tensor(mean), atol=1e-6)
+    assert torch.equal(kept, prompts[-1]) is (average_steps == 1)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])

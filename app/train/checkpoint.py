@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 _FILE = "state.safetensors"
-_TENSORS = ("method", "exp_avg", "exp_avg_sq", "best")  # groups of tensors, "<group>:<name>" in the file
+_TENSORS = ("method", "average", "exp_avg", "exp_avg_sq", "best")  # groups of tensors, "<group>:<name>" in the file
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Progressed:
 
     method: dict[str, Tensor]  # its state_dict
     best: dict[str, Tensor]  # the tensors of the PEFT file with the least validation loss
+    average: dict[str, Tensor] = field(default_factory=dict)  # over steps, by parameter
     exp_avg: dict[str, Tensor] = field(default_factory=dict)  # AdamW's two moments, by parameter
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from app.train.schedule import PROBE_STEPS, first_plan, learning_rate, next_plan
 
 # AdamW's usual 0.999 remembers a thousand steps; a whole run here is a few hundred
 _BETAS = (0.9, 0.99)
+# of polynomial-decay averaging: the mean is over about the last tenth of the steps so far
+_AVERAGE_POWER = 8
 
 
 class Loop:
@@ -41,6 +44,7 @@ class Loop:
         self.trained = {names[id(parameter)]: parameter for parameter in found}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in self.trained)
+        self.average = self._trained_state()
         # times the norm of a gradient: that of a parameter in its own unit
         self.units = torch.tensor([group.scale for group in groups for _ in group.parameters], device=self.device)
         self.optimizer = torch.optim.AdamW(
@@ -62,7 +66,10 @@ class Loop:
 
     def restore(self, state: Progressed) -> None:
         self.method.load_state_dict(state.method)
+        self.average = self._trained_state()
         if state.step:
+            for name, average in state.average.items():
+                self.average[name].copy_(average)
             for name, parameter in self.trained.items():
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(state.step)),
@@ -101,8 +108,9 @@ class Loop:
             validation = None
             is_last = state.step == _total(recipe, state) or _is_spent(recipe, state)
             if state.step % recipe.eval_every == 0 or is_last:
-                validation = self._validate(held_out)
-                state.note(validation, self.method.tensors())
+                with self._averaged():
+                    validation = self._validate(held_out)
+                    state.note(validation, self.method.tensors())
                 now = time.monotonic()
                 state.seconds, mark = state.seconds + now - mark, now
                 if recipe.budget_seconds is not None and not is_last:
@@ -134,9 +142,39 @@ class Loop:
     def _method_state(self) -> dict[str, Tensor]:
         return {name: on_cpu(tensor) for name, tensor in self.method.state_dict().items()}
 
+    def _trained_state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def _note_average(self, step: int) -> None:
+        """Let the parameters after `step` (1, 2, ...) into their average.
+
+        A recent step counts for more (polynomial-decay averaging: Shamir & Zhang 2013, arXiv:1212.1824), but
+        never for less than in an exponential average over `average_steps`. The mean of points around a minimum is
+        nearer to it than each of them, and generalises better (Izmailov et al. 2018, arXiv:1803.05407).
+        """
+        share = max(1 / self.recipe.average_steps, (_AVERAGE_POWER + 1) / (step + _AVERAGE_POWER))
+        torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), min(1.0, share))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The method with the averages of its parameters in their place."""
+        last = self._trained_state()
+        try:
+            self._set(self.average)
+            yield
+        finally:
+            self._set(last)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(values[name])
+
     def _save(self, state: Progressed, work: Path, identity: str) -> None:
         adam = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
         state.method = self._method_state()
+        state.average = {name: on_cpu(tensor) for name, tensor in self.average.items()}
         state.exp_avg = {name: on_cpu(moments["exp_avg"]) for name, moments in adam.items()}
         state.exp_avg_sq = {name: on_cpu(moments["exp_avg_sq"]) for name, moments in adam.items()}
         save_checkpoint(work, identity, state)
@@ -154,6 +192,7 @@ class Loop:
         norm = self._clip()
         self.optimizer.step()
         self.method.constrain()
+        self._note_average(number)
         # One wait for the device a step, when all of it has been queued. What a bad step spoilt is thrown away.
         found, size = torch.stack([torch.stack(losses).sum(), norm]).tolist()
         if not (math.isfinite(found) and math.isfinite(size)):

@@ -42,6 +42,7 @@ _INTEGER_LIMITS = {
     "eval_rows": (1, 1_000_000),
     "checkpoint_every": (1, 1_000_000),
     "patience": (1, 1_000_000),
+    "average_steps": (1, 1_000_000),
     "seed": (0, 2**63 - 1),
     "max_length": (2, 1_048_576),
     "encoder_hidden_size": (1, 8192),
@@ -88,6 +89,7 @@ class Recipe:
     eval_rows: int = 200  # validation rows measured each time, a seeded sample
     checkpoint_every: int = 10  # steps
     patience: int = 6  # evaluations without improvement before stopping
+    average_steps: int = 100  # what is validated and kept is a mean over about so many steps; 1: the last step's
     seed: int = 0
     max_length: int = 512  # tokens of prompt and answer, virtual tokens not counted
     encoder: Encoder = "mlp"  # of p_tuning

@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from app.base_model import BaseModel, load_base_model
 from app.checkpoint import CONFIG_FILE, TENSORS_FILE, read_checkpoint
@@ -18,8 +19,8 @@ from app.train.evaluate import Evaluator
 from benchmarks.quality.tasks import TASKS
 
 
-async def answer(engine: Engine, base: BaseModel, folder: Path, data: Path, told: dict[str, object]) -> list[str]:
-    """One answer for each row of the task's test split."""
+async def answer(engine: Engine, base: BaseModel, folder: Path, data: Path, told: dict[str, object]) -> dict[str, Any]:
+    """One answer for each row of the task's test split, and the log-likelihoods of its labels."""
     task = TASKS[str(told["task"])]
     splits = task.splits(data)
     config, tensors = ((folder / name).read_bytes() for name in (CONFIG_FILE, TENSORS_FILE))
@@ -33,7 +34,15 @@ async def answer(engine: Engine, base: BaseModel, folder: Path, data: Path, told
         max_tokens=task.max_tokens,
         stop=["\n"],
     )
-    return list((await evaluator.evaluate(prompt, task.template, splits.test)).answers)
+    found = await evaluator.evaluate(prompt, task.template, splits.test)
+    answered: dict[str, Any] = {"answers": list(found.answers)}
+    if found.label_scores is not None:
+        answered |= {"labels": found.labels, "label_scores": [[round(x, 4) for x in row] for row in found.label_scores]}
+    return answered
+
+
+def is_answered(told: dict[str, Any]) -> bool:
+    return "answers" in told and ("label_scores" in told or not TASKS[told["task"]].classify)
 
 
 def main() -> None:
@@ -49,10 +58,10 @@ def main() -> None:
         for path in sorted(arguments.out.glob("*.json")):
             told = json.loads(path.read_text(encoding="utf-8"))
             folder = arguments.out / "prompts" / path.stem
-            if "answers" in told or not folder.is_dir():
+            if is_answered(told) or not (folder / TENSORS_FILE).exists():
                 continue
             began = time.monotonic()
-            told["answers"] = asyncio.run(answer(engine, base, folder, arguments.data, told))
+            told |= asyncio.run(answer(engine, base, folder, arguments.data, told))
             path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
             path.with_suffix(".partial").replace(path)
             print(f"{path.stem}: {time.monotonic() - began:.0f} s", flush=True)
