@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from app.train.data import Row, encode
 from app.train.report import TrainReport
 from benchmarks.quality import finetune, publish
 from benchmarks.quality.predict import classify, label_scores
-from benchmarks.quality.report import chosen, chosen_method
+from benchmarks.quality.report import chosen, chosen_method, ensemble
 from benchmarks.quality.run import RATES, cells, is_done
 from benchmarks.quality.tasks import TASKS
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -122,3 +123,13 @@ def test_a_baseline_ends_when_passes_are_no_better(monkeypatch: pytest.MonkeyPat
     )
     assert len(tuned.losses) == tuned.steps == passes
     assert tuned.validation_loss == min(tuned.losses)
+
+
+def test_an_ensemble_answers_by_the_mean_of_probabilities() -> None:
+    labels = ["a", "b"]
+    sure = {"labels": labels, "label_scores": [[math.log(0.9), math.log(0.1)], [-800.0, -801.0]]}
+    unsure = {"labels": labels, "label_scores": [[math.log(0.4), math.log(0.6)], [-1.0, 0.0]]}
+    least = {"labels": labels, "label_scores": [[-5.0, -5.1], [-1.0, -0.9]]}
+    assert ensemble([sure, unsure]) == ["a", "a"], "0.65 and, exactly between, the first"
+    assert ensemble([sure, unsure, least]) == ["a", "b"]
+    assert ensemble([sure]) is None and ensemble([sure, {"answers": []}]) is None
