@@ -41,8 +41,10 @@ RATES: dict[str, Sequence[float]] = {
     "soft100": (0.3, 0.1),
     "residual20": (0.2, 0.07),
     "prefix20": (0.02, 0.007),
-    "cartridge64": (0.05, 0.02),
+    "cartridge64": (0.02, 0.05),
 }
+# Of soft prompts: many small steps generalise better (docs/quality.md), and cost little where the model is frozen.
+SOFT_BATCH_SIZE = 8
 SOFT: dict[str, dict[str, Any]] = {  # of the recipe
     "soft20": {"num_virtual_tokens": 20},
     "soft100": {"num_virtual_tokens": 100},
@@ -87,7 +89,7 @@ class Study:
     device: str
     epochs: int  # passes over the training rows, at most
     patience: int  # passes that are no better than the best before, after which a run ends
-    batch_size: int
+    batch_size: int  # of full and lora
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
 
@@ -154,17 +156,18 @@ def _soft(
     """Trained by the product; the engine answers with it afterwards (`benchmarks.quality.answer`)."""
     out = study.out / "prompts" / cell.name
     own = SOFT[cell.method] | {"learning_rate": cell.options["rate"]}
-    steps = study.epochs * math.ceil(len(training) / study.batch_size)
+    steps_per_pass = math.ceil(len(training) / SOFT_BATCH_SIZE)
+    steps = study.epochs * steps_per_pass
     text = task.instruction
     if cell.method.startswith("cartridge"):
         text = (task.few_shot(few(training, NUM_SHOTS, cell.seed)).text or "").split("{input}")[0]
     recipe = Recipe(
         **own,
         init_text=text,
-        batch_size=study.batch_size,
+        batch_size=SOFT_BATCH_SIZE,
         max_steps=steps,
         warmup_steps=min(15, steps // 10),
-        eval_every=math.ceil(steps / study.epochs),  # after every pass, as the baselines
+        eval_every=steps_per_pass,  # as the baselines
         eval_rows=len(validation),
         patience=study.patience,
         checkpoint_every=steps,
@@ -256,7 +259,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training rows, at most")
     parser.add_argument("--patience", type=int, default=2, help="passes without a better one that end a run")
     parser.add_argument("--rates", type=int, default=2, choices=(1, 2), help="learning rates of each method")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="of full and lora")
     parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
