@@ -8,32 +8,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import anyio
-import anyio.to_thread
+from typing import Any, Literal
 
 from app.access import Access, AuditEntry
 from app.base_model import BaseModel
 from app.config import Settings
-from app.errors import NotReady, NumericalError, PermissionDenied, RequestError, SoftpromptError, StorageFull
-from app.jobs.ending import MAX_MESSAGE, Changed, Crashed, Failed, Refused
+from app.errors import NumericalError, PermissionDenied, RequestError, SoftpromptError, StorageFull
+from app.jobs.ending import Changed, Crashed, Failed, Refused
 from app.jobs.gate import Decision
-from app.jobs.job import Job, JobError, Status
+from app.jobs.job import Job, JobError
 from app.jobs.moves import failed, halted, requeued, stepped, succeeded, trained
 from app.jobs.owner import check_owner
 from app.jobs.publisher import Publisher
-from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, RecordDamaged, Told
+from app.jobs.record import Record
+from app.jobs.store import INITIAL, LOG, TRAINING, VALIDATION, WORK, JobStore, Told
 from app.jobs.worker import COMMAND, ENDINGS, Bounds, Worker
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 Action = Literal["check", "train"]
-Change = Callable[[Job], Job]
 
 POLL = 1.0  # seconds between two looks at what is asked of a job under way
 SAVE_EVERY = 2.0  # seconds between two notes of how far it is
@@ -63,71 +59,76 @@ class Run:
         self._base = parts.base
         self._publisher = parts.publisher
         self._leases = leases
-        self._job = job
-        self._expected: Status = job.status
+        self._record = Record(parts.store, job)
         self._stopping = False
         self._watched_at = self._saved_at = float("-inf")
-        self._threads = anyio.CapacityLimiter(1)  # its own: a disk that hangs holds up nothing else
 
     def stop(self) -> None:
         """End soon, with the job to go on later."""
         self._stopping = True
+        self._record.stop()
 
     async def run(self) -> None:
         """Until the job is to do something else, or nothing more. Raises SoftpromptError if that cannot be written."""
         try:
-            await (self._train() if self._job.is_checked else self._check())
+            await (self._train() if self._record.job.is_checked else self._check())
         except Changed:
             # NOTE: without an expectation: by now it may be cancelled or paused, which stays.
-            await self._persist(requeued)
+            await self._record.persist(requeued)
         except Failed as failure:
             error = failure.error
             if isinstance(failure, Refused):
                 await self._tell_problems(failure)
             told: Told = ("error", f"The job failed: {error.message}", {"code": error.code})
-            await self._persist(partial(failed, error=error, now=int(time.time())), told)
+            await self._record.persist(partial(failed, error=error, now=int(time.time())), told)
         except StorageFull as error:
             # Nothing is lost: whoever makes room can resume it.
-            await self._persist(halted, ("error", f"The job is paused: {error.message}", None))
+            await self._record.persist(halted, ("error", f"The job is paused: {error.message}", None))
         except Crashed as crash:
             await self._crashed(str(crash))
         except SoftpromptError:
             raise
         except Exception as error:  # a bug of ours: without a count the job would begin again for ever
-            logger.exception("the training job %s met an error that nobody foresaw", self._job.id)
+            logger.exception("the training job %s met an error that nobody foresaw", self._record.job.id)
             await self._crashed(f"there was an internal error ({type(error).__name__})")
 
     async def _check(self) -> None:
-        await self._tell("info", f"Validating training file: {self._job.training_file}")
+        await self._record.tell("info", f"Validating training file: {self._record.job.training_file}")
         found = await self._work("check")
         report, steps = found["report"], found["max_steps"]
         for warning in report.get("warnings", []):
-            await self._tell("warn", warning)
-        await self._tell("info", "Files validated, moving job to queued state", data=report)
-        await self._advance(lambda job: replace(job, status="queued", is_checked=True, data=report, max_steps=steps))
+            await self._record.tell("warn", warning)
+        await self._record.tell("info", "Files validated, moving job to queued state", data=report)
+        await self._record.advance(
+            lambda job: replace(job, status="queued", is_checked=True, data=report, max_steps=steps)
+        )
 
     async def _train(self) -> None:
-        started = self._job.started_at or int(time.time())
-        await self._advance(lambda job: replace(job, status="running", started_at=started, is_publishing=False))
-        self._expected = "running"
-        await self._tell("info", "Fine-tuning job goes on" if self._job.step else "Fine-tuning job started")
+        started = self._record.job.started_at or int(time.time())
+        await self._record.advance(lambda job: replace(job, status="running", started_at=started, is_publishing=False))
+        self._record.expected = "running"
+        await self._record.tell(
+            "info", "Fine-tuning job goes on" if self._record.job.step else "Fine-tuning job started"
+        )
         report = (await self._work("train"))["report"]
-        await self._advance(partial(trained, report=report))
-        await self._tell("info", "Training has ended; the result is being scored", data={"stopped": report["stopped"]})
+        await self._record.advance(partial(trained, report=report))
+        await self._record.tell(
+            "info", "Training has ended; the result is being scored", data={"stopped": report["stopped"]}
+        )
         await self._publish()
 
     async def _publish(self) -> None:
-        job = self._job
+        job = self._record.job
 
         async def begin(decision: Decision) -> None:
             self._check_owner()
-            await self._advance(lambda job: replace(job, is_publishing=True, decided=decision.as_dict()))
+            await self._record.advance(lambda job: replace(job, is_publishing=True, decided=decision.as_dict()))
 
         work = self._store.folder(job.id) / WORK
         publishing = asyncio.create_task(self._publisher.publish(job, work, begin=begin))
         try:
             while not (await asyncio.wait([publishing], timeout=POLL))[0]:
-                if not self._job.is_publishing:
+                if not self._record.job.is_publishing:
                     await self._watch()
             reference, result, evaluation = publishing.result()
         except (NumericalError, RequestError) as error:
@@ -143,7 +144,7 @@ class Run:
             request_id=job.id, key_id=job.owner, action="publish_version", target=reference, status=201
         )
         self._access.audit(entry)
-        await self._keep(evaluation)
+        await self._record.keep(evaluation)
         told: list[Told] = []
         gate = result["gate"]
         if gate is not None:
@@ -151,7 +152,7 @@ class Run:
             told.append(("info", f"The alias {gate['alias']} {verb}: {gate['reason']}", gate))
         told.append(("info", f"New fine-tuned model created: {reference}", None))
         told.append(("info", "The job has successfully completed", None))
-        await self._persist(partial(succeeded, reference=reference, result=result, now=int(time.time())), *told)
+        await self._record.persist(partial(succeeded, reference=reference, result=result, now=int(time.time())), *told)
 
     async def _work(self, action: Action) -> dict[str, Any]:
         """Run a worker to its end and return its last message.
@@ -159,7 +160,7 @@ class Run:
         Raises Failed, Crashed and StorageFull, and Changed if the job is to stop, always after the worker's end.
         """
         self._check_owner()
-        settings, folder = self._settings, self._store.folder(self._job.id)
+        settings, folder = self._settings, self._store.folder(self._record.job.id)
         bounds = Bounds(settings.training_threads, settings.training_nice, settings.training_memory_bytes)
         try:
             worker = await Worker.start(COMMAND, self._order(action), folder / LOG, bounds, self._leases)
@@ -181,7 +182,7 @@ class Run:
     async def _listen(self, worker: Worker) -> dict[str, Any] | None:
         """The last message; None if there was none."""
         begun_at = heard_at = time.monotonic()
-        before = self._job.seconds
+        before = self._record.job.seconds
         while True:
             try:
                 message = await worker.message(POLL)
@@ -221,7 +222,7 @@ class Run:
             return
         self._saved_at = now
         left = (step["max_steps"] - step["step"]) * step["seconds"] / max(1, step["step"])
-        await self._advance(partial(stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
+        await self._record.advance(partial(stepped, step=step, seconds=seconds, finish=int(time.time() + left)))
         if validated:
             metrics = {
                 "step": step["step"],
@@ -230,7 +231,7 @@ class Run:
                 "valid_loss": step["validation_loss"],
             }
             told = f"Step {step['step']}/{step['max_steps']}: training loss={step['train_loss']:.4f}, validation loss="
-            await self._tell("info", f"{told}{step['validation_loss']:.4f}", metrics=metrics)
+            await self._record.tell("info", f"{told}{step['validation_loss']:.4f}", metrics=metrics)
 
     async def _watch(self) -> None:
         """Raises Changed if the job is to stop, and Failed if its owner may no longer have it."""
@@ -240,92 +241,41 @@ class Run:
         if now - self._watched_at < POLL:
             return
         self._watched_at = now
-        job = await self._in_thread(partial(self._store.get, self._job.id))
-        if job.status != self._expected:
+        job = await self._record.read()
+        if job.status != self._record.expected:
             raise Changed
         self._check_owner()
 
     def _check_owner(self) -> None:
         try:
-            check_owner(self._access, self._job)
+            check_owner(self._access, self._record.job)
         except PermissionDenied as error:
             raise Failed(error.code, error.message) from None
 
     async def _tell_problems(self, refusal: Refused) -> None:
         for problem in refusal.problems:
             where = f"{problem['file']}, line {problem['line']}"
-            await self._tell("error", f"{where}: {problem['message']}", data=problem)
+            await self._record.tell("error", f"{where}: {problem['message']}", data=problem)
         found = {"problems": refusal.problems, "problem_counts": refusal.counts}
-        await self._persist(lambda job: replace(job, data=found))
+        await self._record.persist(lambda job: replace(job, data=found))
 
     async def _crashed(self, why: str) -> None:
         def count(job: Job) -> Job:
             crashes = job.crashes + 1 if job.step <= job.crash_step else 1
             return replace(requeued(job), crashes=crashes, crash_step=job.step)
 
-        if not await self._persist(count):
+        if not await self._record.persist(count):
             return
-        if self._job.crashes < MAX_CRASHES:
-            await self._tell("warn", f"The job is started again: {why}")
+        if self._record.job.crashes < MAX_CRASHES:
+            await self._record.tell("warn", f"The job is started again: {why}")
             return
         message = f"it was started {MAX_CRASHES} times and got no further; the last time {why}"
         error = JobError("training_crashed", message)
         told: Told = ("error", f"The job failed: {message}", None)
-        await self._persist(partial(failed, error=error, now=int(time.time())), told)
-
-    async def _advance(self, change: Change) -> None:
-        """Raises Changed if the job is no longer in the state in which this run knows it."""
-        expected = self._expected
-
-        def decide(job: Job) -> Job:
-            if job.status != expected:
-                raise Changed
-            return change(job)
-
-        self._job = await self._in_thread(partial(self._store.change, self._job.id, decide))
-
-    async def _persist(self, change: Change, *told: Told) -> bool:
-        """Write how the run ended, as soon as the disk takes it. False if the job is finished, or the run must end."""
-        told = tuple((level, message[:MAX_MESSAGE], data) for level, message, data in told)
-        is_open = True
-
-        def decide(job: Job) -> Job:
-            nonlocal is_open
-            is_open = not job.is_finished
-            return change(job) if is_open else job
-
-        while True:
-            try:
-                self._job = await self._in_thread(partial(self._store.change, self._job.id, decide, told))
-                return is_open
-            except RecordDamaged:
-                raise
-            except (StorageFull, NotReady) as error:
-                logger.warning("the training job %s cannot be written: %s", self._job.id, error.message)
-                if self._stopping:
-                    return False
-                await asyncio.sleep(POLL)
-
-    async def _tell(self, level: Any, message: str, **more: Any) -> None:
-        """An event that cannot be written is no reason for a job to end."""
-        try:
-            tell = partial(self._store.tell, self._job.id, level, message[:MAX_MESSAGE], **more)
-            await self._in_thread(tell)
-        except SoftpromptError as error:
-            logger.warning("an event of %s is lost: %s", self._job.id, error.message)
-
-    async def _keep(self, evaluation: dict[str, Any]) -> None:
-        """Nor is an evaluation, whose scores are in the job itself."""
-        try:
-            await self._in_thread(partial(self._store.keep_evaluation, self._job.id, evaluation))
-        except SoftpromptError as error:
-            logger.warning("the evaluation of %s is lost: %s", self._job.id, error.message)
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+        await self._record.persist(partial(failed, error=error, now=int(time.time())), told)
 
     def _order(self, action: Action) -> dict[str, Any]:
-        job, base, settings = self._job, self._base, self._settings
+        job, base, settings = self._record.job, self._base, self._settings
         folder = self._store.folder(job.id).absolute()
 
         def path(name: str) -> str | None:
