@@ -151,10 +151,10 @@ class Loop:
 
         A recent step counts for more (polynomial-decay averaging: Shamir & Zhang 2013, arXiv:1212.1824), but
         never for less than in an exponential average over `average_steps`. The mean of points around a minimum is
-        nearer to it than each of them, and generalises better (Izmailov et al. 2018, arXiv:1803.05407).
+        nearer to it than each of them (Izmailov et al. 2018, arXiv:1803.05407).
         """
         share = max(1 / self.recipe.average_steps, (_AVERAGE_POWER + 1) / (step + _AVERAGE_POWER))
-        torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), min(1.0, share))
+        torch._foreach_lerp_(list(self.average.values()), list(self.trained.values()), share)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

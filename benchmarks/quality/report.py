@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from app.train.data import Row, read_rows
 from app.train.evaluation import Evaluation
@@ -73,10 +73,9 @@ def ensemble(cells: Sequence[Cell]) -> list[str] | None:
     if len(scored) < 2:
         return None
     [labels] = {tuple(cell["labels"]) for cell in scored}
-    scores = np.array([cell["label_scores"] for cell in scored])  # [cells, rows, labels], log-likelihoods
-    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    mean = (weights / weights.sum(axis=2, keepdims=True)).mean(axis=0)
-    return [labels[best] for best in mean.argmax(axis=1)]
+    scores = torch.tensor([cell["label_scores"] for cell in scored], dtype=torch.float64)  # [cells, rows, labels]
+    mean = scores.softmax(-1).mean(0)
+    return [labels[best] for best in mean.argmax(-1).tolist()]
 
 
 def check_alike(name: str, cells: dict[str, list[Cell]]) -> int:
