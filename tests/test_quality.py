@@ -16,7 +16,7 @@ from app.train.data import Row, encode
 from app.train.report import TrainReport
 from benchmarks.quality import finetune, publish
 from benchmarks.quality.predict import classify, label_scores
-from benchmarks.quality.report import chosen, chosen_method, ensemble
+from benchmarks.quality.report import against, check_alike, chosen, chosen_method, ensemble, gather
 from benchmarks.quality.run import RATES, cells, is_done
 from benchmarks.quality.tasks import TASKS
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,14 +53,14 @@ def test_the_command_is_one_that_the_command_line_takes() -> None:
 
 
 def test_every_method_gets_its_first_rate_on_every_task_before_any_gets_its_second() -> None:
-    found = cells(["full", "soft20", "few_shot"], ["snli", "wikisql"], [0, 1], 2)
+    found = cells(["full", "soft20", "few_shot"], ["snli", "disfl_qa"], [0, 1], 2)
     assert [cell.name for cell in found[:6]] == [
         "snli.full.rate=0.0001.s0",
-        "wikisql.full.rate=0.0001.s0",
+        "disfl_qa.full.rate=0.0001.s0",
         "snli.soft20.rate=0.3.s0",
-        "wikisql.soft20.rate=0.3.s0",
+        "disfl_qa.soft20.rate=0.3.s0",
         "snli.few_shot.s0",
-        "wikisql.few_shot.s0",
+        "disfl_qa.few_shot.s0",
     ]
     assert len(found) == len({cell.name for cell in found}) == 2 * (2 * 2 * 2 + 2)
     assert {len(rates) for rates in RATES.values()} == {2}, "all are tuned alike"
@@ -133,3 +133,48 @@ def test_an_ensemble_answers_by_the_mean_of_probabilities() -> None:
     assert ensemble([sure, unsure]) == ["a", "a"], "0.65 and, exactly between, the first"
     assert ensemble([sure, unsure, least]) == ["a", "b"]
     assert ensemble([sure]) is None and ensemble([sure, {"answers": []}]) is None
+
+
+def test_what_is_known_of_a_cell_has_no_text_and_does_for_another_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "disfl_qa"
+    folder.mkdir()
+    rows = [{"input": f"question {i}", "target": f"{SECRET} {i}"} for i in range(4)]
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def cell(method: str, right: int, **told: Any) -> dict[str, Any]:
+        answers = [f"{SECRET} {i if i < right else 9}\n" for i in range(4)]
+        return {
+            "task": "disfl_qa",
+            "method": method,
+            "seed": 0,
+            "recipe": {"init_text": SECRET},
+            **told,
+            "answers": answers,
+        }
+
+    first = gather([cell("full", 1, rate=1e-4), cell("soft20", 3, rate=0.3)], [], tmp_path)
+    assert SECRET not in json.dumps(first)
+    assert [(one["method"], one["right"], one["scores"]["exact_match"]) for one in first] == [
+        ("full", "1000", 0.25),
+        ("soft20", "1110", 0.75),
+    ]
+    again = gather([cell("full", 2, rate=1e-4), cell("full", 4, rate=3e-5)], first, tmp_path)
+    assert [(one["method"], one["rate"], one["right"]) for one in again] == [
+        ("full", 1e-4, "1100"),
+        ("full", 3e-5, "1111"),
+        ("soft20", 0.3, "1110"),
+    ], "the newer of one that is in both, and the others"
+    assert gather([], again, tmp_path) == again
+
+
+def test_cells_are_compared_on_the_rows_that_both_answered() -> None:
+    one, other = {"right": "1" * 60 + "0" * 40}, {"right": "0" * 100}
+    low, high = (float(bound) for bound in against(one, other).split(" to "))
+    assert 48 < low < 60 < high < 72
+    assert against(one, one) == "+0.0 to +0.0"
+    assert against(one, {"scores": {}}) == "", "of an older cell only the scores are known"
+    with pytest.raises(SystemExit, match=r"answered \[99, 100\] rows"):
+        check_alike("snli", {"full": [one], "lora": [{"right": "1" * 99}]})
+    with pytest.raises(SystemExit, match="passes"):
+        check_alike("snli", {"full": [one | {"epochs": 3}, one | {"epochs": 4}]})

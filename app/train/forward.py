@@ -151,6 +151,7 @@ def can_share(model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example
 
     Measured on the shortest and the longest row, not read from a list of architectures: logit caps
     and scales, recurrent layers and odd caches all show up here. Out of memory says nothing of that and is passed on.
+    Under autocast the tolerance is that of its type.
     """
     order = sorted(examples, key=lambda example: len(example.ids))
     batch = Batch.of([order[0], order[-1]], prompt.device)
@@ -161,5 +162,8 @@ def can_share(model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example
             raise
         return False
     reference = answer_nll(model, prompt, batch, shared=False)
-    tolerance = _TOLERANCE.get(embedding_weight(model).dtype, 0.0)
+    device, dtype = prompt.device.type, embedding_weight(model).dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    tolerance = _TOLERANCE.get(dtype, 0.0)
     return bool((ours - reference).abs().max() <= tolerance)

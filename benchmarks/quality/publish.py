@@ -24,7 +24,7 @@ from app.registry import Registry, Store
 from app.train.job import Job
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, TrainReport
-from benchmarks.quality.report import evaluation, read_cells
+from benchmarks.quality.report import judged, read_cells
 from benchmarks.quality.run import NUM_SHOTS
 from benchmarks.quality.tasks import TASKS, StudyTask
 
@@ -100,8 +100,9 @@ def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registr
     """What the base model does on these rows without training: of the study, or of a version that measured it."""
     task = TASKS[cell["task"]]
     found = {}
-    for few_shot in read_cells(out)[task.name].get("few_shot", [])[:1]:
-        found["few_shot"] = evaluation(task, task.splits(data).test, "few_shot", few_shot["answers"]).scores
+    for few_shot in read_cells(out):
+        if (few_shot["task"], few_shot["method"]) == (task.name, "few_shot"):
+            found["few_shot"] = judged(few_shot, task, task.splits(data).test)["scores"]
     for earlier in (own for own in registry.tasks() if own.name == task.name):
         for version in earlier.versions.values():
             if "zero_shot" in version.manifest.metrics:

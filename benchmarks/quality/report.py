@@ -1,4 +1,8 @@
-"""Tables of the study from the cells that `run` and `answer` left: scores, intervals, bytes, time."""
+"""Tables of the study from the cells that `run` and `answer` left: scores, intervals, bytes, time.
+
+What was found is kept in one JSON file without a text of the data: of each cell its scores and which rows it had right.
+Cells that are there and not in the folder of a run are told from it, so that another machine can go on.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +17,68 @@ from typing import Any
 
 import torch
 
-from app.train.data import Row, read_rows
+from app.train.bootstrap import difference, intervals
+from app.train.data import Row
 from app.train.evaluation import Evaluation
 from app.train.floors import naive_bayes
+from app.train.metrics import mean
 from benchmarks.quality.tasks import TASKS, StudyTask
 
 Cell = dict[str, Any]
 TOLD = ("zero_shot", "few_shot")  # nothing is trained
 MODEL_CHANGING = ("lora", "full")
-UNTOLD = ("answers", "recipe", "label_scores")  # of a cell: rows of data, or long
+UNTOLD = ("answers", "recipe", "label_scores", "labels")  # of a cell: rows of data, or long
 COSTS = ("bytes", "epochs", "steps", "train_seconds")
+EXTRA = ("best of ours", "% of full", "95 % of the difference, first seed")
 
 
-def evaluation(task: StudyTask, rows: Sequence[Row], name: str, answers: Sequence[str]) -> Evaluation:
-    stripped = [answer.strip() for answer in answers]
+def judged(cell: Cell, task: StudyTask, rows: Sequence[Row]) -> Cell:
+    """The cell without texts: `scores`, and `right`, a 1 or 0 for each row."""
+    answers = [answer.strip() for answer in cell["answers"]]
     labels = sorted({row.target for row in rows}) if task.classify else None
-    return Evaluation(name=name, rows=rows, answers=stripped, labels=labels)
+    found = Evaluation(name=cell["method"], rows=rows, answers=answers, labels=labels)
+    right = "".join("01"[answer == row.target] for answer, row in zip(answers, rows, strict=True))
+    return {key: value for key, value in cell.items() if key not in UNTOLD} | {"scores": found.scores, "right": right}
 
 
-def score(found: Evaluation, task: StudyTask) -> float:
-    """What decides, in per cent."""
-    value = found.scores[task.score]
-    return value if task.score == "bleu" else 100 * value
+def ensemble(cells: Sequence[Cell]) -> list[str] | None:
+    """The likeliest labels by the mean of the cells' probabilities. None where they are not known, or of one cell."""
+    scored = [cell for cell in cells if "label_scores" in cell]
+    if len(scored) < 2:
+        return None
+    [labels] = {tuple(cell["labels"]) for cell in scored}
+    scores = torch.tensor([cell["label_scores"] for cell in scored], dtype=torch.float64)  # [cells, rows, labels]
+    mean_of_cells = scores.softmax(-1).mean(0)
+    return [labels[best] for best in mean_of_cells.argmax(-1).tolist()]
+
+
+def is_ours(method: str) -> bool:
+    return method not in (*TOLD, *MODEL_CHANGING, "ensemble")
+
+
+def identity(cell: Cell) -> tuple[Any, ...]:
+    return cell["task"], cell["method"], cell.get("rate"), cell["seed"]
+
+
+def read_cells(out: Path) -> list[Cell]:
+    """Those that a run left with answers."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    return [cell for cell in found if "answers" in cell]
+
+
+def gather(answered: Sequence[Cell], known: Sequence[Cell], data: Path) -> list[Cell]:
+    """Every cell without texts; of one that is in both, that with answers. With an ensemble of ours a task."""
+    found = {identity(cell): cell for cell in known}
+    for name, task in TASKS.items():
+        own = [cell for cell in answered if cell["task"] == name]
+        if not own:
+            continue
+        test = task.splits(data).test
+        if together := ensemble([cell for cell in own if is_ours(cell["method"])]):
+            own.append({"task": name, "method": "ensemble", "seed": 0, "answers": together})
+        found |= {identity(cell): judged(cell, task, test[: len(cell["answers"])]) for cell in own}
+    order = [*TASKS]
+    return sorted(found.values(), key=lambda cell: (order.index(cell["task"]), *map(str, identity(cell)[1:])))
 
 
 def chosen(cells: Sequence[Cell]) -> list[Cell]:
@@ -53,103 +97,88 @@ def chosen_method(cells: Sequence[Cell]) -> str:
     return min(losses, key=lambda method: statistics.mean(losses[method]))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
-
-
-def read_cells(out: Path) -> dict[str, dict[str, list[Cell]]]:
-    """Those with answers, by task and method."""
-    found: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(out.glob("*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
-        if "answers" in cell:
-            found[cell["task"]][cell["method"]].append(cell)
-    return found
-
-
-def ensemble(cells: Sequence[Cell]) -> list[str] | None:
-    """The likeliest labels by the mean of the cells' probabilities. None where they are not known, or of one cell."""
-    scored = [cell for cell in cells if "label_scores" in cell]
-    if len(scored) < 2:
-        return None
-    [labels] = {tuple(cell["labels"]) for cell in scored}
-    scores = torch.tensor([cell["label_scores"] for cell in scored], dtype=torch.float64)  # [cells, rows, labels]
-    mean = scores.softmax(-1).mean(0)
-    return [labels[best] for best in mean.argmax(-1).tolist()]
-
-
-def check_alike(name: str, cells: dict[str, list[Cell]]) -> int:
-    """How many rows were answered. Raises SystemExit where cells cannot be compared."""
-    numbers = {len(cell["answers"]) for own in cells.values() for cell in own}
-    if len(numbers) != 1:
+def check_alike(name: str, cells: dict[str, list[Cell]]) -> None:
+    """Raises SystemExit where cells cannot be compared."""
+    numbers = {len(cell["right"]) for own in cells.values() for cell in own if "right" in cell}
+    if len(numbers) > 1:
         raise SystemExit(f"{name}: cells answered {sorted(numbers)} rows; only equal ones can be compared")
     for method, own in cells.items():
         if len(passes := {cell.get("epochs") for cell in own}) > 1:
             raise SystemExit(f"{name} by {method}: cells had {sorted(map(str, passes))} passes; run them anew")
-    return numbers.pop()
+
+
+def score(cell: Cell, task: StudyTask) -> float:
+    """What decides, in per cent."""
+    return 100 * float(cell["scores"][task.score])
+
+
+def against(first: Cell, second: Cell) -> str:
+    """The 95 % interval of the difference on the same rows, in per cent. Empty where they are not known of both."""
+    if not ("right" in first and "right" in second):
+        return ""
+    ours, theirs = (mean([float(one) for one in cell["right"]]) for cell in (first, second))
+    low, high = intervals({"": difference(ours, theirs)}, len(first["right"]))[""]
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def floor(task: StudyTask, data: Path) -> float:
+    """Naive Bayes for labels, the input for text, in per cent."""
+    splits = task.splits(data)
+    inputs = [row.input for row in splits.test]
+    train = [(row.input, row.target) for row in splits.train]
+    answers = naive_bayes(train, inputs) if task.classify else inputs
+    return score(judged({"method": "floor", "answers": answers}, task, splits.test), task)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="write every cell there too: its scores, without texts")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="what is known; this run's cells are written there too"
+    )
     arguments = parser.parse_args()
-    kept_cells: list[Cell] = []
-    cells = read_cells(arguments.out)
-    methods = {method for found in cells.values() for method in found}
-    ours = sorted(methods - {*TOLD, *MODEL_CHANGING})
-    columns = [*(m for m in TOLD if m in methods), *ours, "ensemble", *(m for m in MODEL_CHANGING if m in methods)]
+    known = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else []
+    cells = gather(read_cells(arguments.out), known, arguments.data)
+    arguments.json.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+    methods = sorted({cell["method"] for cell in cells})
+    columns = [m for m in (*TOLD, *filter(is_ours, methods), "ensemble", *MODEL_CHANGING) if m in methods]
     rows, costs = [], defaultdict(list)
     ratios: dict[str, list[float]] = defaultdict(list)
     for name, task in TASKS.items():
-        if name not in cells:
+        by_method = {m: own for m in columns if (own := [c for c in cells if (c["task"], c["method"]) == (name, m)])}
+        if not by_method:
             continue
-        test = read_rows(arguments.data / name / "test.jsonl", references=True)[: check_alike(name, cells[name])]
-        inputs = [row.input for row in test]
-        for cell in (cell for of_method in cells[name].values() for cell in of_method):
-            scores = evaluation(task, test, cell["method"], cell["answers"]).scores
-            kept_cells.append({key: value for key, value in cell.items() if key not in UNTOLD} | {"scores": scores})
-        train = [(row.input, row.target) for row in task.splits(arguments.data).train]
-        floor = naive_bayes(train, inputs) if task.classify else inputs
-        kept = {method: chosen(own) for method, own in cells[name].items()}
-        found = {m: [evaluation(task, test, m, cell["answers"]) for cell in own] for m, own in kept.items()}
-        mine = [cell for m in ours for cell in kept.get(m, ())]
-        if together := ensemble(mine):
-            found["ensemble"] = [evaluation(task, test, "ensemble", together)]
-        means = {m: statistics.mean(score(one, task) for one in own) for m, own in found.items()}
-        line = [name, task.score, str(len(test)), f"{score(evaluation(task, test, 'floor', floor), task):.1f}"]
-        line += [f"{means[m]:.1f}" if m in found else "" for m in columns]
-        if mine:
+        check_alike(name, by_method)
+        kept = {method: chosen(own) for method, own in by_method.items()}
+        means = {method: statistics.mean(score(cell, task) for cell in own) for method, own in kept.items()}
+        line = [name, task.score, str(len(task.splits(arguments.data).test)), f"{floor(task, arguments.data):.1f}"]
+        line += [f"{means[m]:.1f}" if m in means else "" for m in columns]
+        if mine := [cell for method, own in kept.items() if is_ours(method) for cell in own]:
             best = chosen_method(mine)
             for other in (m for m in MODEL_CHANGING if m in means):
                 ratios[f"best of ours, of {other}"].append(means[best] / means[other])
-                ratios[f"ensemble or best of ours, of {other}"].append(
-                    means.get("ensemble", means[best]) / means[other]
-                )
+                together = means.get("ensemble", means[best])
+                ratios[f"ensemble or best of ours, of {other}"].append(together / means[other])
             line.append(best)
-            if "full" in found:
-                against = found[best][0].compare(found["full"][0], only=(task.score,))[task.score]
-                scale = 1 if task.score == "bleu" else 100
-                low, high = (scale * bound for bound in against.interval)
-                line += [f"{100 * means[best] / means['full']:.1f}", f"{low:+.1f} to {high:+.1f}"]
-        rows.append(line + [""] * (4 + len(columns) + 3 - len(line)))
+            if "full" in means:
+                line += [f"{100 * means[best] / means['full']:.1f}", against(kept[best][0], kept["full"][0])]
+        rows.append(line + [""] * (4 + len(columns) + len(EXTRA) - len(line)))
         for cell in (cell for own in kept.values() for cell in own if "bytes" in cell):
-            costs[cell["method"], cell["device"]].append([cell[cost] for cost in COSTS])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(kept_cells, indent=1) + "\n", encoding="utf-8")
-    extra = ["best of ours", "% of full", "95 % of the difference, first seed"]
-    print(table(["task", "score", "rows", "floor", *columns, *extra], rows) + "\n")
+            costs[cell["method"], cell["device"], cell.get("matrices", "TF32")].append([cell[cost] for cost in COSTS])
+    print(table(["task", "score", "rows", "floor", *columns, *EXTRA], rows) + "\n")
     for what, found_ratios in sorted(ratios.items()):
         print(f"{what}, mean of {len(found_ratios)} tasks: {100 * statistics.mean(found_ratios):.1f} %")
     medians = [
-        [method, device, str(len(own)), *(f"{statistics.median(column):,.0f}" for column in zip(*own, strict=True))]
-        for (method, device), own in sorted(costs.items())
+        [*of, str(len(own)), *(f"{statistics.median(column):,.0f}" for column in zip(*own, strict=True))]
+        for of, own in sorted(costs.items())
     ]
-    print("\nMedian over the tasks:\n")
-    print(
-        table(["method", "device", "cells", "bytes a task", "passes, at most", "steps", "seconds of training"], medians)
-    )
+    head = ["method", "device", "matrices", "cells", "bytes a task", "passes, at most", "steps", "seconds of training"]
+    print("\nMedian over the tasks:\n\n" + table(head, medians))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,15 @@ class Study:
     batch_size: int  # of full and lora
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
+    autocast: bool  # matrices in bfloat16; parameters, gradients and optimizer stay in float32
+
+    def precision(self) -> torch.autocast:
+        """Without its cache: a copy of a weight would outlive the step that changes the weight."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
+
+    @property
+    def matrices(self) -> str:
+        return "bfloat16" if self.autocast else "TF32" if self.device == "cuda" else "float32"
 
 
 def do(study: Study, cell: Cell) -> dict[str, Any]:
@@ -102,6 +111,8 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
     training, validation, test = splits.train[:limit], splits.validation[:limit], splits.test[:limit]
     tokenizer = AutoTokenizer.from_pretrained(study.model)
     model = AutoModelForCausalLM.from_pretrained(study.model, dtype=torch.float32).to(device).eval()
+    if study.autocast and study.device == "cpu":
+        model.set_attn_implementation("eager")  # a third faster there on short rows
     labels = splits.labels() if task.classify else None
     inputs = [row.input for row in test]
     template = task.template
@@ -110,18 +121,19 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
     began = time.monotonic()
     if cell.method in ("full", "lora"):
         own, held_out = (encode(rows, tokenizer, template, MAX_LENGTH) for rows in (training, validation))
-        tuned = finetune(
-            model,
-            own,
-            held_out,
-            kind="full" if cell.method == "full" else "lora",
-            learning_rate=cell.options["rate"],
-            epochs=study.epochs,
-            batch_size=study.batch_size,
-            seed=cell.seed,
-            patience=study.patience,
-            deadline=deadline,
-        )
+        with study.precision():
+            tuned = finetune(
+                model,
+                own,
+                held_out,
+                kind="full" if cell.method == "full" else "lora",
+                learning_rate=cell.options["rate"],
+                epochs=study.epochs,
+                batch_size=study.batch_size,
+                seed=cell.seed,
+                patience=study.patience,
+                deadline=deadline,
+            )
         found |= {
             "validation_loss": tuned.validation_loss,
             "losses": tuned.losses,
@@ -136,8 +148,10 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
         template = task.few_shot([])
     else:
         return _soft(study, cell, task, model, tokenizer, training, validation, deadline)
+    model.set_attn_implementation("sdpa")  # which takes the mask of many labels in one row
     if labels is not None:
-        answers = classify(model, tokenizer, template, labels, inputs)
+        with study.precision():
+            answers = classify(model, tokenizer, template, labels, inputs)
     else:
         answers = generate(model, tokenizer, template, inputs, max_tokens=task.max_tokens)
     return found | {"answers": answers, "seconds": time.monotonic() - began}
@@ -179,17 +193,18 @@ def _soft(
         if time.monotonic() > deadline:
             raise OutOfTime
 
-    report = train(
-        model,
-        tokenizer,
-        training,
-        validation,
-        task.template,
-        recipe,
-        out,
-        base_name=study.model.name,
-        on_progress=on_progress,
-    )
+    with study.precision():
+        report = train(
+            model,
+            tokenizer,
+            training,
+            validation,
+            task.template,
+            recipe,
+            out,
+            base_name=study.model.name,
+            on_progress=on_progress,
+        )
     return {
         "validation_loss": report.best_validation_loss,
         "steps": report.steps,
@@ -236,8 +251,7 @@ def work(study: Study, todo: Any) -> None:
             print(f"{cell.name}: FAILED\n{traceback.format_exc()}", flush=True)
             continue
         name = torch.cuda.get_device_name() if study.device == "cuda" else "CPU"
-        matrices = "TF32" if study.device == "cuda" else "float32"
-        about = {"device": name, "dtype": "float32", "matrices": matrices, "epochs": study.epochs}
+        about = {"device": name, "dtype": "float32", "matrices": study.matrices, "epochs": study.epochs}
         told = {"task": cell.task, "method": cell.method, "seed": cell.seed, **cell.options, **about, **found}
         path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
         path.with_suffix(".partial").replace(path)
@@ -261,6 +275,7 @@ def main() -> None:
     parser.add_argument("--rates", type=int, default=2, choices=(1, 2), help="learning rates of each method")
     parser.add_argument("--batch-size", type=int, default=32, help="of full and lora")
     parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
+    parser.add_argument("--autocast", action="store_true", help="matrices in bfloat16, where the processor has it")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         # TF32 for the matrices, in every method alike.
@@ -276,6 +291,7 @@ def main() -> None:
         arguments.batch_size,
         arguments.max_rows,
         time.time() + arguments.seconds,
+        arguments.autocast,
     )
     context = multiprocessing.get_context("spawn")
     todo = context.Queue()

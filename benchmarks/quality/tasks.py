@@ -27,8 +27,8 @@ class StudyTask:
 
     @property
     def score(self) -> str:
-        """What decides: accuracy of labels, BLEU where many answers are right, else exact match."""
-        return "accuracy" if self.classify else "bleu" if self.name == "e2e_nlg" else "exact_match"
+        """What decides."""
+        return "accuracy" if self.classify else "exact_match"
 
     def splits(self, folder: Path) -> Splits:
         return Splits.read(folder / self.name)
@@ -103,9 +103,5 @@ TASKS = {
             "Rewrite the question without the hesitations and corrections, keeping only what was meant.",
             max_tokens=64,
         ),
-        StudyTask(
-            "e2e_nlg", False, "Text", "Describe the restaurant in a sentence or two from its fields.", max_tokens=128
-        ),
-        StudyTask("wikisql", False, "SQL", "Write the SQL query that answers the question.", max_tokens=96),
     )
 }
