@@ -31,6 +31,7 @@ from app.config import default_cache_dir
 from app.text import Template
 from app.train.data import Row, batches, encode, read_rows
 from app.train.initial import embedding_rms, initial_prompt
+from app.train.precision import cpu_has_bfloat16, product_dtype
 from app.train.recipe import Recipe
 from app.train.report import Progress
 from app.train.trainer import train
@@ -170,6 +171,7 @@ def peer(base: BaseModel, rows: list[Row], template: Template, recipe: Recipe, l
             adam_beta1=BETAS[0],
             adam_beta2=BETAS[1],
             max_grad_norm=recipe.max_grad_norm / rms,
+            bf16=product_dtype(base.model, recipe.precision) != base.dtype,
             optim="adamw_torch_fused" if base.device.type == "cuda" else "adamw_torch",
             use_cpu=base.device.type == "cpu",
             dataloader_pin_memory=base.device.type == "cuda",
@@ -210,7 +212,7 @@ def measure(base: BaseModel, arguments: argparse.Namespace, done: Callable[[list
             raise SystemExit(f"{name} has too few rows for that many steps of {batch_size}")
         recipe = Recipe(
             num_virtual_tokens=virtual, batch_size=batch_size, max_steps=300, warmup_steps=0,
-            eval_every=1000, checkpoint_every=1000,
+            eval_every=1000, checkpoint_every=1000, precision="auto" if arguments.mixed else "float32",
         )  # fmt: skip
         lanes = {system: Lane(partial(run, base, rows, template, recipe)) for system, run in SYSTEMS.items()}
         for lane in lanes.values():
@@ -287,8 +289,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as SOFTPROMPT_MODEL")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mixed", action="store_true", help="both multiply in bfloat16, on a CPU that has it")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
+    if arguments.mixed and not cpu_has_bfloat16():
+        parser.error("--mixed is for a CPU that has bfloat16")
     transformers.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
@@ -302,7 +307,7 @@ def main() -> None:
     facts |= {
         "threads": arguments.threads,
         "device": torch.cuda.get_device_name(base.device) if on_gpu else facts["cpu"],
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": str(base.dtype).removeprefix("torch.") + ", products in bfloat16" * arguments.mixed,
         **{module.__name__: module.__version__ for module in (transformers, peft, accelerate)},
     }
     result: dict[str, Any] = {

@@ -231,7 +231,13 @@ def test_what_openai_s_clients_send(jobs: Jobs, file: str) -> None:
 
 def test_every_method_can_be_chosen(jobs: Jobs, file: str) -> None:
     given: dict[str, Any] = {
-        "hyperparameters": {"learning_rate": "auto", "budget_seconds": 60, "encoder": "lstm", "num_ranks": 2},
+        "hyperparameters": {
+            "learning_rate": "auto",
+            "budget_seconds": 60,
+            "encoder": "lstm",
+            "num_ranks": 2,
+            "precision": "float32",
+        },
         "init_text": "hi",
         "description": "hold",
     }
@@ -242,6 +248,7 @@ def test_every_method_can_be_chosen(jobs: Jobs, file: str) -> None:
         recipe = Recipe(**jobs.record(job).options.recipe)
         assert (recipe.method, recipe.learning_rate, recipe.start) == (method, "auto", "text")
         assert (recipe.budget_seconds, recipe.max_steps, recipe.encoder, recipe.num_ranks) == (60, 100_000, "lstm", 2)
+        assert recipe.precision == "float32"
         jobs.ask(job, "cancel")
     job = jobs.create(
         file, method={"type": "cartridge", "cartridge": {"hyperparameters": {"learning_rate_multiplier": 2}}}

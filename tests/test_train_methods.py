@@ -60,6 +60,7 @@ def recipe_of(variant: str, **changes: Any) -> Recipe:
         "warmup_steps": 2,
         "eval_every": 4,
         "checkpoint_every": 3,
+        "precision": "float32",
     }
     return Recipe(**(fields | VARIANTS[variant] | changes))
 

@@ -64,6 +64,7 @@ RECIPE = Recipe(
     warmup_steps=2,
     eval_every=4,
     checkpoint_every=3,
+    precision="float32",  # on any machine
 )
 
 

@@ -124,6 +124,7 @@ def train(
     eval_rows: Annotated[int, typer.Option(help="Validation rows measured each time")] = 200,
     patience: Annotated[int, typer.Option(help="Validations without improvement before stopping")] = 6,
     seed: Annotated[int, typer.Option()] = 0,
+    precision: Annotated[str, typer.Option(help="auto: products in bfloat16 where a CPU has it; or float32")] = "auto",
     max_tokens: Annotated[int | None, typer.Option(help="Default length of the answer, for generation")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Default stop string, for generation")] = None,
     description: Annotated[str, typer.Option(help="What the task does, for its manifest")] = "",
@@ -153,7 +154,12 @@ def train(
         init, virtual_tokens = "prompt", virtual_tokens or initial.shape[-2]
     if steps is None:
         steps = 300 if budget is None else 100_000
-    options: dict[str, Any] = {"method": method, "init": init, "encoder": encoder}  # Recipe checks what they are
+    options: dict[str, Any] = {
+        "method": method,
+        "init": init,
+        "encoder": encoder,
+        "precision": precision,
+    }  # Recipe checks
     job = Job(
         task=task,
         splits=splits,

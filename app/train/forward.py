@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from app.train.data import Example
 from app.train.initial import embedding_weight
 from app.train.memory import is_out_of_memory
+from app.train.precision import mixed_precision
 
 # nats; a wrong mask, scale or logit cap is off by far more, rounding by less
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -77,14 +78,15 @@ def micro_batches(
     return [*parts, examples[first:]]
 
 
-def answer_nll(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, shared: bool) -> Tensor:
+def answer_nll(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, shared: bool, is_mixed: bool = False) -> Tensor:
     """Negative log-likelihood in nats of each answer token -> [answer tokens] float32.
 
     `prompt` is as above. `shared` runs it once for all rows; without it the model's whole forward runs on every row,
-    which is slower and right for any causal model.
+    which is slower and right for any causal model. `is_mixed`: in mixed precision (app.train.precision).
     """
     prompt = prompt.to(embedding_weight(model).dtype)
-    logits = (_shared_logits if shared else _full_logits)(model, prompt, batch)
+    with mixed_precision(prompt.device, enabled=is_mixed):
+        logits = (_shared_logits if shared else _full_logits)(model, prompt, batch)
     return F.cross_entropy(logits.float(), batch.answer, reduction="none")
 
 
@@ -146,24 +148,20 @@ def _with_prompt(mask: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def can_share(model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example]) -> bool:
+def can_share(model: PreTrainedModel, prompt: Tensor, examples: Sequence[Example], *, is_mixed: bool = False) -> bool:
     """Whether this model gives the same losses with the shared prompt as without.
 
     Measured on the shortest and the longest row, not read from a list of architectures: logit caps
     and scales, recurrent layers and odd caches all show up here. Out of memory says nothing of that and is passed on.
-    Under autocast the tolerance is that of its type.
     """
     order = sorted(examples, key=lambda example: len(example.ids))
     batch = Batch.of([order[0], order[-1]], prompt.device)
     try:
-        ours = answer_nll(model, prompt, batch, shared=True)
+        ours = answer_nll(model, prompt, batch, shared=True, is_mixed=is_mixed)
     except Exception as error:  # whatever else a foreign architecture raises here, the full forward is right
         if is_out_of_memory(error):
             raise
         return False
-    reference = answer_nll(model, prompt, batch, shared=False)
-    device, dtype = prompt.device.type, embedding_weight(model).dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    tolerance = _TOLERANCE.get(dtype, 0.0)
+    reference = answer_nll(model, prompt, batch, shared=False, is_mixed=is_mixed)
+    tolerance = _TOLERANCE.get(torch.bfloat16 if is_mixed else embedding_weight(model).dtype, 0.0)
     return bool((ours - reference).abs().max() <= tolerance)

@@ -33,8 +33,12 @@ _AVERAGE_POWER = 8
 class Loop:
     """The model, a method and its optimizer during one `train` call."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, recipe: Recipe, *, shared: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Method, recipe: Recipe, *, shared: bool = False, is_mixed: bool = False
+    ) -> None:
+        """`shared` and `is_mixed` are those of `answer_nll`."""
         self.model, self.method, self.recipe, self.shared = model, method, recipe, shared
+        self.is_mixed = is_mixed
         self.device = embedding_weight(model).device
         groups = method.groups()
         self.scales = [group.scale for group in groups]
@@ -186,7 +190,7 @@ class Loop:
         count = sum(len(example.ids) - example.start for example in examples)
         losses = []
         for part in self._parts(examples):
-            total = answer_nll(self.model, self.method.prompt(), Batch.of(part, self.device), shared=self.shared).sum()
+            total = self._nll(self.method.prompt(), part).sum()
             (total / count).backward()  # type: ignore[no-untyped-call]
             losses.append(total.detach() / count)
         norm = self._clip()
@@ -201,6 +205,10 @@ class Loop:
                 f"a learning_rate below {self.recipe.learning_rate} may help"
             )
         return float(found)
+
+    def _nll(self, prompt: Tensor, part: Sequence[Example]) -> Tensor:
+        batch = Batch.of(part, self.device)
+        return answer_nll(self.model, prompt, batch, shared=self.shared, is_mixed=self.is_mixed)
 
     def _parts(self, examples: list[Example]) -> list[Sequence[Example]]:
         """What fits into one forward. A shared prompt is not run again for each row, but its keys and values are there.
@@ -224,7 +232,7 @@ class Loop:
         prompt = self.method.prompt()
         for first in range(0, len(ordered), self.recipe.batch_size):
             for part in self._parts(ordered[first : first + self.recipe.batch_size]):
-                losses = answer_nll(self.model, prompt, Batch.of(part, self.device), shared=self.shared)
+                losses = self._nll(prompt, part)
                 totals.append(losses.sum())
                 count += len(losses)
         mean = math.fsum(torch.stack(totals).tolist()) / count

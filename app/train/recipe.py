@@ -13,6 +13,7 @@ MethodName = Literal[
 ]  # app.train.methods has one file for each
 Init = Literal["text", "labels", "vocabulary", "prompt"]
 Encoder = Literal["mlp", "lstm"]
+Precision = Literal["auto", "float32"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 INITS: tuple[Init, ...] = get_args(Init)
 KV_METHODS: tuple[MethodName, ...] = ("prefix_tuning", "cartridge")
@@ -31,6 +32,7 @@ _CHOICES = {
     "method": METHODS,
     "init": (None, *INITS),
     "encoder": get_args(Encoder),
+    "precision": get_args(Precision),
     "residual": (False, True),
 }
 _INTEGER_LIMITS = {
@@ -91,6 +93,8 @@ class Recipe:
     patience: int = 6  # evaluations without improvement before stopping
     average_steps: int = 100  # what is validated and kept is a mean over about so many steps; 1: the last step's
     seed: int = 0
+    # Of products with float32 weights; "auto": bfloat16 on a CPU that has it (app.train.precision).
+    precision: Precision = "auto"
     max_length: int = 512  # tokens of prompt and answer, virtual tokens not counted
     encoder: Encoder = "mlp"  # of p_tuning
     encoder_hidden_size: int = 256  # of p_tuning

@@ -43,6 +43,7 @@ class TrainReport:
     template: str | None
     base_name: str
     recipe: dict[str, Any]
+    precision: str = "float32"  # of products of matrices
     warnings: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)  # of multitask prompt tuning: `task_id` of a manifest counts them
     trials: list[dict[str, float]] = field(default_factory=list)  # learning rates that were tried, and their losses

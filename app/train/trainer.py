@@ -25,6 +25,7 @@ from app.train.initial import embedding_rms, embedding_weight
 from app.train.loop import Loop
 from app.train.methods import PEFT_FILES, Setup, build
 from app.train.methods.method import on_cpu
+from app.train.precision import product_dtype
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, Progress, TrainReport
 from app.train.sweep import sweep
@@ -80,7 +81,10 @@ def train(
         notes.append(f"{shared_rows} validation rows have an input that is also trained on")
 
     data_digest = digest(rows_train, rows_validation)
-    identity = _identity(model, recipe, [base_name, base_fingerprint], template, data_digest, initial)
+    products = product_dtype(model, recipe.precision)
+    is_mixed = products != embedding_weight(model).dtype
+    base = [base_name, base_fingerprint, str(products)]
+    identity = _identity(model, recipe, base, template, data_digest, initial)
     work = out_dir / "checkpoint"
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
@@ -122,8 +126,8 @@ def train(
             chosen, trials = sweep(recipe, work / "rates", trial)
         # before `restore`: a resumed run must choose the forward that the first part chose
         with torch.no_grad():
-            shared = can_share(model, method.prompt(), examples)
-        loop = Loop(model, method, chosen, shared=shared)
+            shared = can_share(model, method.prompt(), examples, is_mixed=is_mixed)
+        loop = Loop(model, method, chosen, shared=shared, is_mixed=is_mixed)
         state = load_checkpoint(work, identity) or loop.begin()
         loop.restore(state)
         if measure_start and not state.step:
@@ -150,6 +154,7 @@ def train(
         base_name=base_name,
         recipe=replace(recipe, learning_rate=chosen.learning_rate).as_dict(),
         warnings=notes,
+        precision=str(products).removeprefix("torch."),
         tasks=tasks or [],
         trials=trials,
     )

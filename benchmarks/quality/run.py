@@ -24,6 +24,7 @@ import torch.multiprocessing as multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.train.data import encode
+from app.train.precision import cpu_has_bfloat16, mixed_precision
 from app.train.recipe import Recipe
 from app.train.report import Progress
 from app.train.trainer import train
@@ -92,15 +93,11 @@ class Study:
     batch_size: int  # of full and lora
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
-    autocast: bool  # matrices in bfloat16; parameters, gradients and optimizer stay in float32
-
-    def precision(self) -> torch.autocast:
-        """Without its cache: a copy of a weight would outlive the step that changes the weight."""
-        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
+    mixed: bool  # products in bfloat16 (app.train.precision), in every method alike
 
     @property
     def matrices(self) -> str:
-        return "bfloat16" if self.autocast else "TF32" if self.device == "cuda" else "float32"
+        return "bfloat16" if self.mixed else "TF32" if self.device == "cuda" else "float32"
 
 
 def do(study: Study, cell: Cell) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
     training, validation, test = splits.train[:limit], splits.validation[:limit], splits.test[:limit]
     tokenizer = AutoTokenizer.from_pretrained(study.model)
     model = AutoModelForCausalLM.from_pretrained(study.model, dtype=torch.float32).to(device).eval()
-    if study.autocast and study.device == "cpu":
+    if study.mixed and study.device == "cpu":
         model.set_attn_implementation("eager")  # a third faster there on short rows
     labels = splits.labels() if task.classify else None
     inputs = [row.input for row in test]
@@ -121,7 +118,7 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
     began = time.monotonic()
     if cell.method in ("full", "lora"):
         own, held_out = (encode(rows, tokenizer, template, MAX_LENGTH) for rows in (training, validation))
-        with study.precision():
+        with mixed_precision(device, enabled=study.mixed):
             tuned = finetune(
                 model,
                 own,
@@ -150,7 +147,7 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
         return _soft(study, cell, task, model, tokenizer, training, validation, deadline)
     model.set_attn_implementation("sdpa")  # which takes the mask of many labels in one row
     if labels is not None:
-        with study.precision():
+        with mixed_precision(device, enabled=study.mixed):
             answers = classify(model, tokenizer, template, labels, inputs)
     else:
         answers = generate(model, tokenizer, template, inputs, max_tokens=task.max_tokens)
@@ -187,24 +184,24 @@ def _soft(
         checkpoint_every=steps,
         max_length=MAX_LENGTH,
         seed=cell.seed,
+        precision="auto" if study.mixed else "float32",
     )
 
     def on_progress(_: Progress) -> None:
         if time.monotonic() > deadline:
             raise OutOfTime
 
-    with study.precision():
-        report = train(
-            model,
-            tokenizer,
-            training,
-            validation,
-            task.template,
-            recipe,
-            out,
-            base_name=study.model.name,
-            on_progress=on_progress,
-        )
+    report = train(
+        model,
+        tokenizer,
+        training,
+        validation,
+        task.template,
+        recipe,
+        out,
+        base_name=study.model.name,
+        on_progress=on_progress,
+    )
     return {
         "validation_loss": report.best_validation_loss,
         "steps": report.steps,
@@ -275,8 +272,10 @@ def main() -> None:
     parser.add_argument("--rates", type=int, default=2, choices=(1, 2), help="learning rates of each method")
     parser.add_argument("--batch-size", type=int, default=32, help="of full and lora")
     parser.add_argument("--max-rows", type=int, help="of each split, for a trial")
-    parser.add_argument("--autocast", action="store_true", help="matrices in bfloat16, where the processor has it")
+    parser.add_argument("--mixed", action="store_true", help="products in bfloat16, on a processor that has it")
     arguments = parser.parse_args()
+    if arguments.mixed and (arguments.device != "cpu" or not cpu_has_bfloat16()):
+        parser.error("--mixed is for a CPU that has bfloat16")
     if arguments.device == "cuda":
         # TF32 for the matrices, in every method alike.
         os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"
@@ -291,7 +290,7 @@ def main() -> None:
         arguments.batch_size,
         arguments.max_rows,
         time.time() + arguments.seconds,
-        arguments.autocast,
+        arguments.mixed,
     )
     context = multiprocessing.get_context("spawn")
     todo = context.Queue()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 from app.api.schemas import Strict
 from app.jobs import Status
 from app.manifest import StopString
-from app.train.recipe import METHODS, Encoder, Init, MethodName
+from app.train.recipe import METHODS, Encoder, Init, MethodName, Precision
 
 Auto = Literal["auto"]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -48,6 +48,9 @@ class PromptTuningHyperparameters(Hyperparameters):
     eval_every: Annotated[int | None, Field(ge=1, le=100_000, description="Steps between two validations")] = None
     patience: Annotated[int | None, Field(ge=1, le=1_000, description="Validations without a better one")] = None
     max_length: Annotated[int | None, Field(ge=2, le=1_048_576, description="Tokens of a row; 512 by default")] = None
+    precision: Annotated[
+        Precision | None, Field(description="`auto`, the default: products in bfloat16 where a CPU has it")
+    ] = None
 
 
 class PromptTuning(Strict):

@@ -14,7 +14,7 @@ from app.train.recipe import DEFAULT_LEARNING_RATES, MethodName, Recipe
 # the recipe's fields of that name
 _SAME = """
     batch_size num_virtual_tokens max_steps eval_every patience max_length learning_rate budget_seconds
-    residual_size encoder encoder_hidden_size num_ranks num_frozen_tokens cpt_epsilon
+    residual_size encoder encoder_hidden_size num_ranks num_frozen_tokens cpt_epsilon precision
 """.split()
 _MAX_STEPS = 100_000  # where a budget is what ends it
 
