@@ -43,6 +43,7 @@ RATES: dict[str, Sequence[float]] = {
     "residual20": (0.2, 0.07),
     "prefix20": (0.02, 0.007),
     "cartridge64": (0.02, 0.05),
+    "cartridge160": (0.02, 0.05),
 }
 # Of soft prompts: many small steps generalise better (docs/quality.md), and cost little where the model is frozen.
 SOFT_BATCH_SIZE = 8
@@ -53,6 +54,7 @@ SOFT: dict[str, dict[str, Any]] = {  # of the recipe
     "prefix20": {"method": "prefix_tuning", "num_virtual_tokens": 20},
     # Keys and values that begin as those of the instruction and what fits of solved examples.
     "cartridge64": {"method": "cartridge", "num_virtual_tokens": 64},
+    "cartridge160": {"method": "cartridge", "num_virtual_tokens": 160},
 }
 
 
@@ -146,11 +148,11 @@ def do(study: Study, cell: Cell) -> dict[str, Any]:
     else:
         return _soft(study, cell, task, model, tokenizer, training, validation, deadline)
     model.set_attn_implementation("sdpa")  # which takes the mask of many labels in one row
-    if labels is not None:
-        with mixed_precision(device, enabled=study.mixed):
+    with mixed_precision(device, enabled=study.mixed):
+        if labels is not None:
             answers = classify(model, tokenizer, template, labels, inputs)
-    else:
-        answers = generate(model, tokenizer, template, inputs, max_tokens=task.max_tokens)
+        else:
+            answers = generate(model, tokenizer, template, inputs, max_tokens=task.max_tokens)
     return found | {"answers": answers, "seconds": time.monotonic() - began}
 
 
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of tasks, each with three .jsonl files")
     parser.add_argument("--model", type=Path, required=True, help="transformers folder of the base model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", default="full,soft20,cartridge64,lora,few_shot,zero_shot")
+    parser.add_argument("--methods", default="full,soft20,cartridge160,lora,few_shot,zero_shot")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--device", default="cpu")
