@@ -17,6 +17,7 @@ from app.errors import InvalidRecipe, InvalidRequest
 from app.manifest import Calibration, Defaults, ManifestInput
 from app.registry import Registry, Store
 from app.train.calibration import Judged
+from app.train.precision import cpu_has_bfloat16
 from app.train.recipe import METHODS
 from tests.api_harness import files
 from tests.cli_harness import run
@@ -76,6 +77,7 @@ def test_train_scores_and_publishes_a_classifier(home: Path, monkeypatch: pytest
     assert (manifest.template, manifest.labels) == ("{input}\nMood:", ["neg", "pos"])
     assert manifest.description == "Moods." and manifest.lineage["data"]["licence"] == "MIT"
     assert manifest.lineage["recipe"]["max_steps"] == 12 and manifest.lineage["steps"] == 12
+    assert manifest.lineage["precision"] == ("bfloat16" if cpu_has_bfloat16() else "float32")
     assert manifest.metrics["rows"] == 24
     for contestant in ("soft_prompt", "zero_shot"):
         assert 0 <= manifest.metrics[contestant]["accuracy"] <= 1

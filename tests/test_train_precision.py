@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.text import Template
-from app.train import Row, TrainReport
+from app.train import Row, TrainReport, forward
 from app.train import precision as precision_module
 from app.train.data import Example, encode
 from app.train.forward import Batch, answer_nll, can_share
@@ -80,13 +80,37 @@ def test_a_mixed_forward_is_near_that_in_float32_and_so_is_its_gradient(kind: st
     assert torch.cosine_similarity(mixed_gradient.flatten(), gradient.flatten(), dim=0) > 0.99
 
 
-def test_a_prompt_is_shared_though_bfloat16_rounds_more_than_float32() -> None:
-    model = tiny_model("llama").requires_grad_(False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prompt_is_shared_whatever_the_weights_are_kept_in(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").requires_grad_(False).to(dtype)
     prompt = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    batch = Batch.of(examples(), torch.device("cpu"))
-    shared, alone = (answer_nll(model, prompt, batch, shared=shared, is_mixed=True) for shared in (True, False))
-    assert (shared - alone).abs().max() > 1e-3, "which would be too much in float32"
-    assert can_share(model, prompt, examples(), is_mixed=True)
+    assert can_share(model, prompt, examples())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_head_is_not_alone_with_is_seen_in_halves_too(dtype: torch.dtype) -> None:
+    model = tiny_model("gemma2").requires_grad_(False).to(dtype)
+    prompt = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    kept, model.config.final_logit_softcapping = model.config.final_logit_softcapping, None
+    assert kept and can_share(model, prompt, examples())
+    with torch.no_grad():
+        most = model(input_ids=torch.tensor([examples()[0].ids])).logits.abs().max().item()
+    model.config.final_logit_softcapping = 3 * most  # which moves the greatest logit by 4 %
+    assert not can_share(model, prompt, examples())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_position_is_seen_in_halves_too(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model = tiny_model("llama").requires_grad_(False).to(dtype)
+    prompt = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    behind = forward._behind
+
+    def off(cache: Any, prompt: torch.Tensor, batch: Batch) -> dict[str, Any]:
+        found = behind(cache, prompt, batch)
+        return found | {"position_ids": found["position_ids"] - prompt.shape[-2]}
+
+    monkeypatch.setattr(forward, "_behind", off)
+    assert not can_share(model, prompt, examples())
 
 
 def run(folder: Path, steps: int = 4, **changes: Any) -> TrainReport:

@@ -125,8 +125,9 @@ class Job:
             **({"started_from": self.started_from} if self.started_from else {}),
             **({"tasks": report.tasks} if report.tasks else {}),
             **({"trials": report.trials} if report.trials else {}),
-            **{key: trained[key] for key in ("seed", "recipe", "steps", "best_step", "best_validation_loss")},
-            **{key: trained[key] for key in ("stopped", "seconds", "train_rows", "validation_rows", "warnings")},
+            **{key: trained[key] for key in ("seed", "recipe", "precision", "steps", "best_step")},
+            **{key: trained[key] for key in ("best_validation_loss", "stopped", "seconds")},
+            **{key: trained[key] for key in ("train_rows", "validation_rows", "warnings")},
             "curve": thinned(report.curve),
         }
         return self._manifest(base, metrics, lineage, calibration)

@@ -13,7 +13,7 @@ _CPU_FEATURES = ("avx512_bf16", "amx_bf16")
 
 
 def product_dtype(model: PreTrainedModel, precision: Precision) -> torch.dtype:
-    """What matrices are multiplied in: the type of the weights, or bfloat16 where that is float32 and slower.
+    """What matrices are multiplied in: the type of the weights, or bfloat16 in place of float32 where that is faster.
 
     That is on a CPU with instructions for it; a GPU that is to be fast has its weights in bfloat16 to begin with.
     """
@@ -33,6 +33,6 @@ def cpu_has_bfloat16() -> bool:
 def mixed_precision(device: torch.device, *, enabled: bool = True) -> torch.autocast:
     """Products in bfloat16 of what is float32 (Micikevicius et al. 2018, arXiv:1710.03740; bfloat16 needs no scale).
 
-    Without autocast's cache: a weight is used once in a forward, and a copy would outlive the step that changes it.
+    Without autocast's cache, in which the copy of a weight that is trained outlives the step that changes it.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -43,7 +43,7 @@ class TrainReport:
     template: str | None
     base_name: str
     recipe: dict[str, Any]
-    precision: str = "float32"  # of products of matrices
+    precision: str = ""  # of products of matrices; of an older run it is not known
     warnings: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)  # of multitask prompt tuning: `task_id` of a manifest counts them
     trials: list[dict[str, float]] = field(default_factory=list)  # learning rates that were tried, and their losses

@@ -126,7 +126,7 @@ def train(
             chosen, trials = sweep(recipe, work / "rates", trial)
         # before `restore`: a resumed run must choose the forward that the first part chose
         with torch.no_grad():
-            shared = can_share(model, method.prompt(), examples, is_mixed=is_mixed)
+            shared = can_share(model, method.prompt(), examples)
         loop = Loop(model, method, chosen, shared=shared, is_mixed=is_mixed)
         state = load_checkpoint(work, identity) or loop.begin()
         loop.restore(state)
