@@ -31,7 +31,7 @@ from app.config import default_cache_dir
 from app.text import Template
 from app.train.data import Row, batches, encode, read_rows
 from app.train.initial import embedding_rms, initial_prompt
-from app.train.precision import cpu_has_bfloat16, product_dtype
+from app.train.precision import product_dtype
 from app.train.recipe import Recipe
 from app.train.report import Progress
 from app.train.trainer import train
@@ -292,14 +292,14 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true", help="both multiply in bfloat16, on a CPU that has it")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
-    if arguments.mixed and not cpu_has_bfloat16():
-        parser.error("--mixed is for a CPU that has bfloat16")
     transformers.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
     base = load_base_model(
         arguments.model, cache_dir=default_cache_dir(), device=arguments.device, dtype=arguments.dtype
     )
+    if arguments.mixed and product_dtype(base.model, "auto") == base.dtype:
+        parser.error("--mixed is for float32 on a CPU that has bfloat16")
     facts = machine.describe()
     if facts["load_before"][0] > QUIET:
         say(f"the machine is busy (load {facts['load_before'][0]}): these numbers will say little")

@@ -80,16 +80,17 @@ def test_the_rate_is_chosen_by_the_validation_loss_over_the_seeds() -> None:
     ("cell", "done"),
     [
         ({"answers": []}, True),
-        ({"train_seconds": 1.0, "epochs": 8}, True),
-        ({"train_seconds": 1.0, "epochs": 4}, False),
+        ({"train_seconds": 1.0, "epochs": 8, "matrices": "float32"}, True),
+        ({"train_seconds": 1.0, "epochs": 8, "matrices": "bfloat16"}, False),
+        ({"train_seconds": 1.0, "epochs": 4, "matrices": "float32"}, False),
         ({"train_seconds": 1.0}, False),
     ],
 )
-def test_a_cell_of_another_number_of_passes_is_run_anew(tmp_path: Path, cell: dict[str, Any], done: bool) -> None:
+def test_a_cell_of_other_passes_or_precision_is_run_anew(tmp_path: Path, cell: dict[str, Any], done: bool) -> None:
     path = tmp_path / "cell.json"
-    assert not is_done(path, 8)
+    assert not is_done(path, 8, "float32")
     path.write_text(json.dumps(cell))
-    assert is_done(path, 8) is done
+    assert is_done(path, 8, "float32") is done
 
 
 def test_labels_that_share_a_row_score_as_if_each_were_alone() -> None:
@@ -166,6 +167,28 @@ def test_what_is_known_of_a_cell_has_no_text_and_does_for_another_machine(tmp_pa
         ("soft20", 0.3, "1110"),
     ], "the newer of one that is in both, and the others"
     assert gather([], again, tmp_path) == again
+    longer = gather([cell("full", 3, rate=1e-4, epochs=8)], again, tmp_path)
+    assert [(one["method"], one["right"]) for one in longer] == [("full", "1110"), ("soft20", "1110")], (
+        "not of two lengths"
+    )
+
+
+def test_the_ensemble_is_of_each_of_our_methods_at_its_chosen_rate(tmp_path: Path) -> None:
+    folder = tmp_path / "snli"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"input": "it", "target": "b"}) + "\n")
+
+    def cell(method: str, rate: float, loss: float, a: float) -> dict[str, Any]:
+        scores = [[math.log(a), math.log(1 - a)]]
+        told = {"task": "snli", "method": method, "rate": rate, "seed": 0, "validation_loss": loss}
+        return told | {"answers": ["a"], "labels": ["a", "b"], "label_scores": scores}
+
+    own = [cell("soft20", 0.3, 0.9, 0.99), cell("soft20", 0.1, 0.2, 0.3), cell("cartridge160", 0.02, 0.5, 0.4)]
+    [found] = [one for one in gather(own, [], tmp_path) if one["method"] == "ensemble"]
+    assert found["members"] == ["cartridge160.s0", "soft20.s0"] and found["right"] == "1", (
+        "the third would outvote them"
+    )
 
 
 def test_cells_are_compared_on_the_rows_that_both_answered() -> None:

@@ -85,6 +85,7 @@ def command(task: StudyTask, recipe: dict[str, Any]) -> str:
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     words += ["--residual"] if recipe.get("residual") else []
+    words += ["--precision", "float32"] if recipe.get("precision") == "float32" else []
     words += ["--classify"] if task.classify else ["--max-tokens", str(task.max_tokens), "--stop", "\n"]
     return shlex.join(words)
 
@@ -100,9 +101,9 @@ def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registr
     """What the base model does on these rows without training: of the study, or of a version that measured it."""
     task = TASKS[cell["task"]]
     found = {}
-    for few_shot in read_cells(out):
-        if (few_shot["task"], few_shot["method"]) == (task.name, "few_shot"):
-            found["few_shot"] = judged(few_shot, task, task.splits(data).test)["scores"]
+    answered = [own for own in read_cells(out) if (own["task"], own["method"]) == (task.name, "few_shot")]
+    for few_shot in answered[:1]:
+        found["few_shot"] = judged(few_shot, task, task.splits(data).test)["scores"]
     for earlier in (own for own in registry.tasks() if own.name == task.name):
         for version in earlier.versions.values():
             if "zero_shot" in version.manifest.metrics:

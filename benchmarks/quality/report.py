@@ -67,15 +67,23 @@ def read_cells(out: Path) -> list[Cell]:
 
 
 def gather(answered: Sequence[Cell], known: Sequence[Cell], data: Path) -> list[Cell]:
-    """Every cell without texts; of one that is in both, that with answers. With an ensemble of ours a task."""
-    found = {identity(cell): cell for cell in known}
+    """Every cell without texts; with answers of a task and method, what was known of it by other passes is dropped.
+
+    With an ensemble of the best of each of our methods, all their seeds, for a task of labels.
+    """
+    passes = {(cell["task"], cell["method"]): cell.get("epochs") for cell in answered}
+    kept = [
+        cell for cell in known if passes.get((cell["task"], cell["method"]), cell.get("epochs")) == cell.get("epochs")
+    ]
+    found = {identity(cell): cell for cell in kept}
     for name, task in TASKS.items():
         own = [cell for cell in answered if cell["task"] == name]
-        if not own:
-            continue
-        test = task.splits(data).test
-        if together := ensemble([cell for cell in own if is_ours(cell["method"])]):
-            own.append({"task": name, "method": "ensemble", "seed": 0, "answers": together})
+        test = task.splits(data).test if own else []
+        methods = sorted({cell["method"] for cell in own if is_ours(cell["method"])})
+        members = [cell for method in methods for cell in chosen([cell for cell in own if cell["method"] == method])]
+        if together := ensemble(members):
+            told = [f"{cell['method']}.s{cell['seed']}" for cell in members]
+            own.append({"task": name, "method": "ensemble", "seed": 0, "members": told, "answers": together})
         found |= {identity(cell): judged(cell, task, test[: len(cell["answers"])]) for cell in own}
     order = [*TASKS]
     return sorted(found.values(), key=lambda cell: (order.index(cell["task"]), *map(str, identity(cell)[1:])))
@@ -97,14 +105,15 @@ def chosen_method(cells: Sequence[Cell]) -> str:
     return min(losses, key=lambda method: statistics.mean(losses[method]))
 
 
-def check_alike(name: str, cells: dict[str, list[Cell]]) -> None:
-    """Raises SystemExit where cells cannot be compared."""
+def check_alike(name: str, cells: dict[str, list[Cell]]) -> int:
+    """How many rows were answered; 0 where that is not known. Raises SystemExit where cells cannot be compared."""
     numbers = {len(cell["right"]) for own in cells.values() for cell in own if "right" in cell}
     if len(numbers) > 1:
         raise SystemExit(f"{name}: cells answered {sorted(numbers)} rows; only equal ones can be compared")
     for method, own in cells.items():
         if len(passes := {cell.get("epochs") for cell in own}) > 1:
             raise SystemExit(f"{name} by {method}: cells had {sorted(map(str, passes))} passes; run them anew")
+    return numbers.pop() if numbers else 0
 
 
 def score(cell: Cell, task: StudyTask) -> float:
@@ -121,13 +130,14 @@ def against(first: Cell, second: Cell) -> str:
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
-def floor(task: StudyTask, data: Path) -> float:
+def floor(task: StudyTask, data: Path, rows: int) -> float:
     """Naive Bayes for labels, the input for text, in per cent."""
     splits = task.splits(data)
-    inputs = [row.input for row in splits.test]
+    test = splits.test[:rows]
+    inputs = [row.input for row in test]
     train = [(row.input, row.target) for row in splits.train]
     answers = naive_bayes(train, inputs) if task.classify else inputs
-    return score(judged({"method": "floor", "answers": answers}, task, splits.test), task)
+    return score(judged({"method": "floor", "answers": answers}, task, test), task)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -144,7 +154,6 @@ def main() -> None:
     arguments = parser.parse_args()
     known = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else []
     cells = gather(read_cells(arguments.out), known, arguments.data)
-    arguments.json.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     methods = sorted({cell["method"] for cell in cells})
     columns = [m for m in (*TOLD, *filter(is_ours, methods), "ensemble", *MODEL_CHANGING) if m in methods]
     rows, costs = [], defaultdict(list)
@@ -153,10 +162,10 @@ def main() -> None:
         by_method = {m: own for m in columns if (own := [c for c in cells if (c["task"], c["method"]) == (name, m)])}
         if not by_method:
             continue
-        check_alike(name, by_method)
+        count = check_alike(name, by_method) or len(task.splits(arguments.data).test)
         kept = {method: chosen(own) for method, own in by_method.items()}
         means = {method: statistics.mean(score(cell, task) for cell in own) for method, own in kept.items()}
-        line = [name, task.score, str(len(task.splits(arguments.data).test)), f"{floor(task, arguments.data):.1f}"]
+        line = [name, task.score, str(count), f"{floor(task, arguments.data, count):.1f}"]
         line += [f"{means[m]:.1f}" if m in means else "" for m in columns]
         if mine := [cell for method, own in kept.items() if is_ours(method) for cell in own]:
             best = chosen_method(mine)
@@ -170,6 +179,7 @@ def main() -> None:
         rows.append(line + [""] * (4 + len(columns) + len(EXTRA) - len(line)))
         for cell in (cell for own in kept.values() for cell in own if "bytes" in cell):
             costs[cell["method"], cell["device"], cell.get("matrices", "TF32")].append([cell[cost] for cost in COSTS])
+    arguments.json.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     print(table(["task", "score", "rows", "floor", *columns, *EXTRA], rows) + "\n")
     for what, found_ratios in sorted(ratios.items()):
         print(f"{what}, mean of {len(found_ratios)} tasks: {100 * statistics.mean(found_ratios):.1f} %")

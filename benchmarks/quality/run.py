@@ -95,7 +95,7 @@ class Study:
     batch_size: int  # of full and lora
     max_rows: int | None
     deadline: float  # time.time(), which all processes share
-    mixed: bool  # products in bfloat16 (app.train.precision), in every method alike
+    mixed: bool  # products in bfloat16 (app.train.precision); what the engine answers is as it serves
 
     @property
     def matrices(self) -> str:
@@ -214,12 +214,12 @@ def _soft(
     }
 
 
-def is_done(path: Path, epochs: int) -> bool:
-    """Whether that cell is there, by a run of as many passes where it trains."""
+def is_done(path: Path, epochs: int, matrices: str) -> bool:
+    """Whether that cell is there, by a run of as many passes in that precision where it trains."""
     if not path.exists():
         return False
     cell = json.loads(path.read_text(encoding="utf-8"))
-    return "train_seconds" not in cell or cell.get("epochs") == epochs
+    return "train_seconds" not in cell or (cell.get("epochs"), cell.get("matrices")) == (epochs, matrices)
 
 
 def work(study: Study, todo: Any) -> None:
@@ -232,7 +232,7 @@ def work(study: Study, todo: Any) -> None:
         except queue.Empty:
             return
         path = study.out / f"{cell.name}.json"
-        if is_done(path, study.epochs):
+        if is_done(path, study.epochs, study.matrices):
             continue
         began = time.time()
         if study.device == "cuda":  # what the cell before had at most is others' now
@@ -305,7 +305,7 @@ def main() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    done = sum(is_done(study.out / f"{cell.name}.json", study.epochs) for cell in wanted)
+    done = sum(is_done(study.out / f"{cell.name}.json", study.epochs, study.matrices) for cell in wanted)
     print(f"{done} of {len(wanted)} cells are done")
 
 
