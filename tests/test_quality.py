@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from app.text import Template
 from app.train.data import Row, encode
@@ -50,6 +51,22 @@ def test_the_command_is_one_that_the_command_line_takes() -> None:
     command = publish.command(TASKS["ingredients"], recipe("prompt_tuning") | {"residual": True})
     assert command.startswith("softprompt train ingredients --data data/ingredients --template '{input}\nFields:'")
     assert "--residual" in command and "--max-tokens 96" in command and "--classify" not in command
+    assert "--precision" not in command
+    exact = publish.command(TASKS["snli"], recipe("prompt_tuning") | {"precision": "float32"})
+    assert exact.endswith("--precision float32 --classify")
+
+
+def test_what_ships_in_half_is_what_was_trained_but_for_rounding(tmp_path: Path) -> None:
+    trained, made = tmp_path / "trained", tmp_path / "made"
+    trained.mkdir()
+    made.mkdir()
+    (trained / "adapter_config.json").write_text("{}")
+    tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"prompt_embeddings": tensor}, trained / "adapter_model.safetensors")
+    assert publish.in_half(trained, made) == made and (made / "adapter_config.json").read_text() == "{}"
+    [found] = load_file(made / "adapter_model.safetensors").values()
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_every_method_gets_its_first_rate_on_every_task_before_any_gets_its_second() -> None:

@@ -10,12 +10,16 @@ import asyncio
 import json
 import re
 import shlex
-from collections.abc import Sequence
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from app.base_model import BaseModel, load_base_model
+from app.checkpoint import CONFIG_FILE, TENSORS_FILE
 from app.config import Settings
 from app.engine import Engine
 from app.local_engine import local_engine
@@ -111,10 +115,18 @@ def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registr
     return found
 
 
+def in_half(folder: Path, into: Path) -> Path:
+    """The PEFT files with tensors in float16, half as large. Returns `into`."""
+    shutil.copy(folder / CONFIG_FILE, into)
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / TENSORS_FILE).items()}
+    save_file(tensors, into / TENSORS_FILE)
+    return into
+
+
 async def measured(
     job: Job, base: BaseModel, engine: Engine, folder: Path
-) -> tuple[Calibration | None, dict[str, Any], Sequence[str]]:
-    """Calibration on the validation rows; scores and answers on the test split."""
+) -> tuple[Calibration | None, dict[str, Any]]:
+    """Calibration on the validation rows; scores on the test split."""
     prompt = await job.load(base, engine, folder)
     calibration = None
     if job.labels is not None:
@@ -122,7 +134,7 @@ async def measured(
     evaluator, test = job.evaluator(base, engine), job.splits.test
     found = await evaluator.evaluate(prompt, job.template, test, calibration=calibration)
     floor = evaluator.floors(job.splits.train, test)
-    return calibration, {"split": "test", "rows": len(test), "soft_prompt": found.scores, "floor": floor}, found.answers
+    return calibration, {"split": "test", "rows": len(test), "soft_prompt": found.scores, "floor": floor}
 
 
 def main() -> None:
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="of benchmarks.quality.run")
     parser.add_argument("--registry", type=Path, default=Path("prompts"))
+    parser.add_argument("--half", action="store_true", help="tensors in float16; measured as such")
     arguments = parser.parse_args()
     settings = Settings(registry=arguments.registry)
     base = load_base_model(settings.model, cache_dir=settings.cache_dir, device=settings.device, dtype=settings.dtype)
@@ -147,11 +160,12 @@ def main() -> None:
                 raise SystemExit(f"{folder} has no report of a finished run")
             report = told(report)
             job = job_of(cell, arguments.data, report)
-            calibration, metrics, cell["answers"] = asyncio.run(measured(job, base, engine, folder))
-            (arguments.out / f"{name}.json").write_text(json.dumps(cell), encoding="utf-8")
-            metrics |= told_in_words(cell, arguments.data, arguments.out, registry)
-            checkpoint = job.read(folder, base, job.manifest(base, report, metrics, calibration))
-            version = registry.publish(job.task, checkpoint, actor="benchmarks.quality").version
+            with TemporaryDirectory() as made:
+                files = in_half(folder, Path(made)) if arguments.half else folder
+                calibration, metrics = asyncio.run(measured(job, base, engine, files))
+                metrics |= told_in_words(cell, arguments.data, arguments.out, registry)
+                checkpoint = job.read(files, base, job.manifest(base, report, metrics, calibration))
+                version = registry.publish(job.task, checkpoint, actor="benchmarks.quality").version
             print(f"{version.reference}: {json.dumps(metrics['soft_prompt'])}", flush=True)
     finally:
         engine.stop()
