@@ -28,7 +28,7 @@ from app.registry import Registry, Store
 from app.train.job import Job
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, TrainReport
-from benchmarks.quality.report import judged, read_cells
+from benchmarks.quality.report import TOLD, judged, read_cells
 from benchmarks.quality.run import NUM_SHOTS
 from benchmarks.quality.tasks import TASKS, StudyTask
 
@@ -105,13 +105,12 @@ def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registr
     """What the base model does on these rows without training: of the study, or of a version that measured it."""
     task = TASKS[cell["task"]]
     found = {}
-    answered = [own for own in read_cells(out) if (own["task"], own["method"]) == (task.name, "few_shot")]
-    for few_shot in answered[:1]:
-        found["few_shot"] = judged(few_shot, task, task.splits(data).test)["scores"]
+    for answered in read_cells(out):
+        if answered["task"] == task.name and answered["method"] in TOLD and answered["seed"] == 0:
+            found[answered["method"]] = judged(answered, task, task.splits(data).test)["scores"]
     for earlier in (own for own in registry.tasks() if own.name == task.name):
         for version in earlier.versions.values():
-            if "zero_shot" in version.manifest.metrics:
-                found["zero_shot"] = version.manifest.metrics["zero_shot"]
+            found = {name: version.manifest.metrics[name] for name in TOLD if name in version.manifest.metrics} | found
     return found
 
 
