@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,11 +29,12 @@ from app.registry import Registry, Store
 from app.train.job import Job
 from app.train.recipe import Recipe
 from app.train.report import REPORT_FILE, TrainReport
-from benchmarks.quality.report import TOLD, judged, read_cells
+from benchmarks.quality.report import TOLD, Cell
 from benchmarks.quality.run import NUM_SHOTS
 from benchmarks.quality.tasks import TASKS, StudyTask
 
 WITHHELD = f"the instruction and what fits of {NUM_SHOTS} solved training rows"
+KNOWN = Path(__file__).parents[1] / "results" / "quality.json"
 DESCRIPTIONS = {
     "banking77": "Intent of a bank customer's message: one of 77.",
     "clinc_domain": "Domain of a query to an assistant: one of ten, or out of scope.",
@@ -101,14 +103,10 @@ def told(report: TrainReport) -> TrainReport:
     return replace(report, recipe={**report.recipe, "init_text": WITHHELD})
 
 
-def told_in_words(cell: dict[str, Any], data: Path, out: Path, registry: Registry) -> dict[str, Any]:
+def told_in_words(task: str, known: Sequence[Cell], registry: Registry) -> dict[str, Any]:
     """What the base model does on these rows without training: of the study, or of a version that measured it."""
-    task = TASKS[cell["task"]]
-    found = {}
-    for answered in read_cells(out):
-        if answered["task"] == task.name and answered["method"] in TOLD and answered["seed"] == 0:
-            found[answered["method"]] = judged(answered, task, task.splits(data).test)["scores"]
-    for earlier in (own for own in registry.tasks() if own.name == task.name):
+    found = {cell["method"]: cell["scores"] for cell in known if cell["task"] == task and cell["method"] in TOLD}
+    for earlier in (own for own in registry.tasks() if own.name == task):
         for version in earlier.versions.values():
             found = {name: version.manifest.metrics[name] for name in TOLD if name in version.manifest.metrics} | found
     return found
@@ -124,8 +122,8 @@ def in_half(folder: Path, into: Path) -> Path:
 
 async def measured(
     job: Job, base: BaseModel, engine: Engine, folder: Path
-) -> tuple[Calibration | None, dict[str, Any]]:
-    """Calibration on the validation rows; scores on the test split."""
+) -> tuple[Calibration | None, dict[str, Any], list[str]]:
+    """Calibration on the validation rows; scores and answers on the test split."""
     prompt = await job.load(base, engine, folder)
     calibration = None
     if job.labels is not None:
@@ -133,7 +131,8 @@ async def measured(
     evaluator, test = job.evaluator(base, engine), job.splits.test
     found = await evaluator.evaluate(prompt, job.template, test, calibration=calibration)
     floor = evaluator.floors(job.splits.train, test)
-    return calibration, {"split": "test", "rows": len(test), "soft_prompt": found.scores, "floor": floor}
+    metrics = {"split": "test", "rows": len(test), "soft_prompt": found.scores, "floor": floor}
+    return calibration, metrics, list(found.answers)
 
 
 def main() -> None:
@@ -142,11 +141,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="of benchmarks.quality.run")
     parser.add_argument("--registry", type=Path, default=Path("prompts"))
+    parser.add_argument("--json", type=Path, default=KNOWN, help="of benchmarks.quality.report: what needs no training")
     parser.add_argument("--half", action="store_true", help="tensors in float16; measured as such")
     arguments = parser.parse_args()
     settings = Settings(registry=arguments.registry)
     base = load_base_model(settings.model, cache_dir=settings.cache_dir, device=settings.device, dtype=settings.dtype)
     registry = Registry(Store(arguments.registry), base.info)
+    known = json.loads(arguments.json.read_text(encoding="utf-8"))
     engine = local_engine(settings, base)
     engine.start()
     try:
@@ -161,10 +162,12 @@ def main() -> None:
             job = job_of(cell, arguments.data, report)
             with TemporaryDirectory() as made:
                 files = in_half(folder, Path(made)) if arguments.half else folder
-                calibration, metrics = asyncio.run(measured(job, base, engine, files))
-                metrics |= told_in_words(cell, arguments.data, arguments.out, registry)
+                calibration, metrics, answers = asyncio.run(measured(job, base, engine, files))
+                metrics |= told_in_words(job.task, known, registry)
                 checkpoint = job.read(files, base, job.manifest(base, report, metrics, calibration))
                 version = registry.publish(job.task, checkpoint, actor="benchmarks.quality").version
+            if "answers" not in cell:
+                (arguments.out / f"{name}.json").write_text(json.dumps(cell | {"answers": answers}), encoding="utf-8")
             print(f"{version.reference}: {json.dumps(metrics['soft_prompt'])}", flush=True)
     finally:
         engine.stop()

@@ -176,6 +176,8 @@ def main() -> None:
             line.append(best)
             if "full" in means:
                 line += [f"{100 * means[best] / means['full']:.1f}", against(kept[best][0], kept["full"][0])]
+        else:
+            continue  # nothing to compare with
         rows.append(line + [""] * (4 + len(columns) + len(EXTRA) - len(line)))
         for cell in (cell for own in kept.values() for cell in own if "bytes" in cell):
             costs[cell["method"], cell["device"], cell.get("matrices", "TF32")].append([cell[cost] for cost in COSTS])
