@@ -154,12 +154,8 @@ def train(
         init, virtual_tokens = "prompt", virtual_tokens or initial.shape[-2]
     if steps is None:
         steps = 300 if budget is None else 100_000
-    options: dict[str, Any] = {
-        "method": method,
-        "init": init,
-        "encoder": encoder,
-        "precision": precision,
-    }  # Recipe checks
+    # Recipe checks what they are
+    options: dict[str, Any] = {"method": method, "init": init, "encoder": encoder, "precision": precision}
     job = Job(
         task=task,
         splits=splits,
