@@ -30,8 +30,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.15}
 # of the greatest logit; both come from the same products of the same shape
 _HEAD_TOLERANCE = 0.01
 _TASKS, _KV = 3, 5  # ranks
-# Tokens of a row: a step is 1.25 to 1.3 times as fast up to here, at twice the length 1.15 times (SmolLM2-135M, AVX512),
-# and its memory grows with the square.
+# Tokens of a row. Steps are 1.25 to 1.3 times as fast up to here and 1.15 at twice the length (SmolLM2-135M, AVX512);
+# memory grows with the square.
 _PLAIN_ATTENTION = 128
 # Padded tokens whose activations are kept at once, for their gradients. Measured on SmolLM2-135M in float32: 0.98 MB
 # each, and 0.2 more for an answer (logits; twice as much again while their gradient is computed): 4 to 7 GB. By the
