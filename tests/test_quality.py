@@ -190,7 +190,7 @@ def test_what_is_known_of_a_cell_has_no_text_and_does_for_another_machine(tmp_pa
     )
 
 
-def test_the_ensemble_is_of_each_of_our_methods_at_its_chosen_rate(tmp_path: Path) -> None:
+def test_the_ensemble_is_of_our_methods_near_the_best_at_their_chosen_rates(tmp_path: Path) -> None:
     folder = tmp_path / "snli"
     folder.mkdir()
     for split in ("train", "validation", "test"):
@@ -201,10 +201,11 @@ def test_the_ensemble_is_of_each_of_our_methods_at_its_chosen_rate(tmp_path: Pat
         told = {"task": "snli", "method": method, "rate": rate, "seed": 0, "validation_loss": loss}
         return told | {"answers": ["a"], "labels": ["a", "b"], "label_scores": scores}
 
-    own = [cell("soft20", 0.3, 0.9, 0.99), cell("soft20", 0.1, 0.2, 0.3), cell("cartridge160", 0.02, 0.5, 0.4)]
+    own = [cell("soft20", 0.3, 0.9, 0.99), cell("soft20", 0.1, 0.2, 0.3), cell("cartridge160", 0.02, 0.219, 0.4)]
+    own.append(cell("prefix20", 0.02, 0.221, 0.99))
     [found] = [one for one in gather(own, [], tmp_path) if one["method"] == "ensemble"]
     assert found["members"] == ["cartridge160.s0", "soft20.s0"] and found["right"] == "1", (
-        "the third would outvote them"
+        "either of the others would outvote them"
     )
 
 

@@ -69,7 +69,8 @@ def read_cells(out: Path) -> list[Cell]:
 def gather(answered: Sequence[Cell], known: Sequence[Cell], data: Path) -> list[Cell]:
     """Every cell without texts; with answers of a task and method, what was known of it by other passes is dropped.
 
-    With an ensemble of the best of each of our methods, all their seeds, for a task of labels.
+    With an ensemble of our methods, all their seeds, for a task of labels: those whose validation loss is within a
+    tenth of the least, as a weak member pulls the others down.
     """
     passes = {(cell["task"], cell["method"]): cell.get("epochs") for cell in answered}
     kept = [
@@ -80,7 +81,7 @@ def gather(answered: Sequence[Cell], known: Sequence[Cell], data: Path) -> list[
         own = [cell for cell in answered if cell["task"] == name]
         test = task.splits(data).test if own else []
         methods = sorted({cell["method"] for cell in own if is_ours(cell["method"])})
-        members = [cell for method in methods for cell in chosen([cell for cell in own if cell["method"] == method])]
+        members = near_the_best([chosen([cell for cell in own if cell["method"] == method]) for method in methods])
         if together := ensemble(members):
             told = [f"{cell['method']}.s{cell['seed']}" for cell in members]
             own.append({"task": name, "method": "ensemble", "seed": 0, "members": told, "answers": together})
@@ -95,6 +96,14 @@ def chosen(cells: Sequence[Cell]) -> list[Cell]:
     for cell in cells:
         by_rate[cell.get("rate")].append(cell)
     return min(by_rate.values(), key=lambda own: statistics.mean(cell.get("validation_loss", math.inf) for cell in own))
+
+
+def near_the_best(cells_of_methods: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """The cells of the methods whose mean loss on the validation rows is at most 1.1 times the least."""
+    losses = [statistics.mean(cell.get("validation_loss", math.inf) for cell in own) for own in cells_of_methods]
+    return [
+        cell for own, loss in zip(cells_of_methods, losses, strict=True) if loss <= 1.1 * min(losses) for cell in own
+    ]
 
 
 def chosen_method(cells: Sequence[Cell]) -> str:
