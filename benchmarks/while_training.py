@@ -99,6 +99,15 @@ def worker_of(job: str) -> int:
     raise ProcessLookupError(job)
 
 
+def memory_of(process: int) -> dict[str, int]:
+    """MB in all, its share of them, of files that others map too, and of its own (proc_pid_smaps_rollup(5))."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
+    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    of_others = kilobytes["Shared_Clean"] + kilobytes["Shared_Dirty"]
+    sizes = {"rss": kilobytes["Rss"], "pss": kilobytes["Pss"], "shared": of_others, "own": kilobytes["Rss"] - of_others}
+    return {name: size // 1024 for name, size in sizes.items()}
+
+
 def first_rows(split: str, count: int) -> bytes:
     with (DATA / f"{split}.jsonl").open("rb") as lines:
         return b"".join(itertools.islice(lines, count))
@@ -147,6 +156,9 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def watch(job: FineTuningJob) -> None:
         if job.status == "running":
             running.append(time.monotonic())
+            if job.to_dict().get("step", 0) >= arguments.steps // 2 and "memory_mb" not in found:
+                processes = {"server": server.process.pid, "worker": worker_of(job.id)}
+                found["memory_mb"] = {name: memory_of(process) for name, process in processes.items()}
 
     def watch_and_kill(job: FineTuningJob) -> None:
         if not killed and job.to_dict().get("step", 0) >= arguments.steps // 2:
@@ -193,6 +205,7 @@ def main() -> None:
             f"| {when} | {row['first_token_p50_ms']} / {row['first_token_p99_ms']} ms "
             f"| {row['between_tokens_p50_ms']} / {row['between_tokens_p99_ms']} ms | {row['tokens_per_second']} |"
         )
+    print(json.dumps(found["memory_mb"]))
     jobs = [found["job"], found["killed_job"]]
     for job in jobs:
         print(json.dumps(job))

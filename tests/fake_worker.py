@@ -7,6 +7,7 @@ said below. With `once:` before it a word is done the first time only, with `che
 
 import json
 import os
+import resource
 import signal
 import struct
 import sys
@@ -84,6 +85,11 @@ for word in script:
         case "note":
             with (work.parent / "pids").open("a") as file:
                 file.write(f"{os.getpid()}\n")
+        case "bounds":  # what the kernel lets this process have, as a message that the job shows
+            limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_CORE)]
+            shown = [os.getpriority(os.PRIO_PROCESS, 0), Path("/proc/self/oom_score_adj").read_text().strip(), *limits]
+            tell("failed", code="bounds", message=" ".join(map(str, shown)))
+            sys.exit()
         case "hold":
             while True:
                 tell("alive")
@@ -142,6 +148,9 @@ else:
         "trained_tokens": 10 * max(step, 1),
         "curve": [],
         "seed": order["seed"],
+        "precision": "bfloat16",
+        "trials": [{"learning_rate": 0.3, "validation_loss": 0.6}],
+        "tasks": [],
         "recipe": {},
         "warnings": [],
         "data_digest": "d",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,28 +200,60 @@ rows = st.lists(
 )
 
 
-@given(rows, st.integers(0, 5), st.booleans())
-def test_split(rows: list[Row], seed: int, stratify: bool) -> None:
-    train, held = split(rows, seed, stratify=stratify)
+@given(rows, st.booleans(), st.booleans())
+def test_split(rows: list[Row], stratify: bool, by_task: bool) -> None:
+    train, held = split(rows, stratify=stratify, by_task=by_task)
     assert Counter(train) + Counter(held) == Counter(rows)
     assert not {row.input for row in train} & {row.input for row in held}, "no input on both sides"
     assert train and bool(held) == (len({row.input for row in rows}) > 1)
-    assert (train, held) == split(rows, seed, stratify=stratify)
+    assert (train, held) == split(rows, stratify=stratify, by_task=by_task)
 
 
-def test_a_split_is_stratified_and_seeded() -> None:
+def test_a_split_is_stratified_and_the_same_whatever_the_order() -> None:
     many = [Row(str(n), "rare" if n % 10 == 0 else "often") for n in range(200)]
-    _, held = split(many, 0, stratify=True)
+    _, held = split(many, stratify=True, by_task=False)
     assert Counter(row.target for row in held) == {"rare": 2, "often": 18}
-    assert split(many, 1, stratify=True)[1] != held
+    again = split(many[::-1], stratify=True, by_task=False)[1]
+    assert set(again) == set(held) and max(int(row.input) for row in held) > 100 > min(int(row.input) for row in held)
+
+
+def test_a_file_that_has_grown_keeps_what_it_held_out() -> None:
+    many = [Row(f"row {n}", "ab"[n % 2]) for n in range(360)]
+    for stratify in (False, True):
+        before, after = (split(rows, stratify=stratify, by_task=False) for rows in (many[:300], many))
+        assert len(set(after[1]) & set(before[0])) <= 3, "of 36 rows those that the first one was trained on"
+
+
+def test_tasks_that_do_not_matter_part_no_input_and_make_no_strata(tmp_path: Path) -> None:
+    path = tmp_path / "train"
+    path.write_bytes(jsonl([{"input": f"i{n % 20}", "target": "ab"[n % 2], "task": f"t{n}"} for n in range(200)]))
+    checked = check_data(path, None, tiny_tokenizer(), max_length=100)
+    assert len(checked.validation) == 20 and "180 training rows repeat another one" in checked.warnings
+    assert not {row.input for row in checked.validation} & {row.input for row in checked.train}
 
 
 def test_each_task_has_rows_held_out() -> None:
     many = [
         Row(f"{task}{n}", f"t{n}", task=task) for task, count in (("large", 200), ("small", 20)) for n in range(count)
     ]
-    _, held = split(many, 0, stratify=False)
+    _, held = split(many, stratify=False, by_task=True)
     assert Counter(row.task for row in held) == {"large": 20, "small": 2}
+    both = [replace(row, task=task) for row in many for task in ("one", "two")]
+    train, held = split(both, stratify=False, by_task=True)
+    assert Counter(row.task for row in held) == {"one": 22, "two": 22}
+    assert not {row.input for row in train} & {row.input for row in held}
+
+
+def test_a_row_that_is_scored_has_room_for_every_label(tmp_path: Path) -> None:
+    training, validation = tmp_path / "train", tmp_path / "validation"
+    training.write_bytes(jsonl([{"input": f"i{n}", "target": "a" if n % 2 else "b" * 40} for n in range(20)]))
+    row = {"input": "q" * 50, "target": "a"}
+    validation.write_bytes(jsonl([row]))
+    length = len(tiny_tokenizer()("q" * 50 + "\n")["input_ids"]) + len(tiny_tokenizer()("b" * 40)["input_ids"])
+    check = partial(check_data, training, validation, tiny_tokenizer(), max_length=length - 1)
+    assert check(room=length).validation[0].target == "a"
+    with pytest.raises(BadData, match=f"line 1: has {length} tokens with the longest label, at most {length - 1}"):
+        check()
 
 
 def test_the_published_task_needs_rows_for_validation(tmp_path: Path) -> None:

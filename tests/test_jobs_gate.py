@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.errors import NotReady
+from app.errors import ContextLengthExceeded, NotReady
 from app.jobs.gate import judge
 from app.train.data import Row
 from app.train.evaluation import Evaluation
@@ -66,6 +66,22 @@ def test_better_moves_it_and_worse_does_not(jobs: Jobs) -> None:
     assert any("was not moved" in message for message in jobs.messages(worse))
     forced = run(jobs, BAD + 0.0625, gate=False)
     assert forced["gate"]["moved"] and registry.resolve("mood").reference == forced["fine_tuned_model"]
+    assert jobs.harness.num_pins == 0
+
+
+def test_a_version_that_cannot_answer_the_rows_keeps_the_alias_and_the_new_one_is_published(jobs: Jobs) -> None:
+    run(jobs, BAD)
+    score = jobs.harness.engine.score
+
+    async def picky(prompt: Any, token_ids: Any, continuations: Any, **others: Any) -> Any:
+        if float(prompt.tensor[0, 0]) == BAD:
+            raise ContextLengthExceeded("too long behind that prompt")
+        return await score(prompt, token_ids, continuations, **others)
+
+    jobs.harness.engine.score = picky  # type: ignore[method-assign]
+    job = run(jobs, GOOD)
+    assert job["fine_tuned_model"] == "mood:2" and not job["gate"]["moved"]
+    assert job["gate"]["reason"] == "mood:1 cannot be scored: too long behind that prompt"
     assert jobs.harness.num_pins == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def test_a_job_succeeds(jobs: Jobs) -> None:
     version = jobs.client.get("/v1/tasks/mood/versions/1").json()
     assert version["aliases"] == ["latest"] and version["labels"] == ["negative", "positive"]
     assert version["lineage"]["job"] == job["id"] and version["lineage"]["seed"] == 3
+    assert version["lineage"]["precision"] == "bfloat16" and version["lineage"]["trials"][0]["learning_rate"] == 0.3
+    assert "tasks" not in version["lineage"]
     assert version["metrics"] == job["metrics"] and version["metrics"]["rows"] == 10
     engine = jobs.harness.engine
     assert len(engine.loaded) == 1 and engine.unloaded == engine.loaded, "tried on the base model, and forgotten"
@@ -94,6 +97,17 @@ def test_it_fails(jobs: Jobs, script: str, code: str) -> None:
     checks = 3 if "check-crash" in script else 1
     assert len(pids) == checks + (0 if checks == 3 else 3 if code == "training_crashed" else 1)
     assert jobs.harness.registry.tasks() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_a_worker_may_have_little_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_jobs(monkeypatch)
+    settings: dict[str, Any] = {"training_nice": 12, "training_memory_bytes": 2**31}
+    harness = Harness.create(tmp_path / "prompts", **settings)
+    with harness.client() as client:
+        jobs = Jobs(harness, client)
+        failed = jobs.until(jobs.create(script="bounds"), "failed")
+    assert failed["error"]["message"] == f"12 1000 {2**31} 0"
 
 
 def test_a_crash_is_survived_with_what_was_done(jobs: Jobs) -> None:

@@ -204,6 +204,8 @@ def test_the_ensemble_is_of_our_methods_near_the_best_at_their_chosen_rates(tmp_
     own = [cell("soft20", 0.3, 0.9, 0.99), cell("soft20", 0.1, 0.2, 0.3), cell("cartridge160", 0.02, 0.219, 0.4)]
     own.append(cell("prefix20", 0.02, 0.221, 0.99))
     [found] = [one for one in gather(own, [], tmp_path) if one["method"] == "ensemble"]
+    known = [{"task": "snli", "method": "ensemble", "seed": 0, "members": ["old"], "scores": {}}]
+    assert not [one for one in gather(own[:2], known, tmp_path) if one["method"] == "ensemble"], "of others"
     assert found["members"] == ["cartridge160.s0", "soft20.s0"] and found["right"] == "1", (
         "either of the others would outvote them"
     )

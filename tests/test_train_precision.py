@@ -81,24 +81,28 @@ def test_a_mixed_forward_is_near_that_in_float32_and_so_is_its_gradient(kind: st
 
 
 @pytest.mark.parametrize(
-    ("is_mixed", "limit", "expected"), [(True, 128, "eager"), (True, 5, "sdpa"), (False, 128, "sdpa")]
+    ("is_mixed", "spare", "expected"), [(True, 0, "eager"), (True, -1, "sdpa"), (False, 0, "sdpa")]
 )
 def test_attention_is_plain_for_short_rows_in_mixed_precision(
-    monkeypatch: pytest.MonkeyPatch, is_mixed: bool, limit: int, expected: str
+    monkeypatch: pytest.MonkeyPatch, is_mixed: bool, spare: int, expected: str
 ) -> None:
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation("sdpa")
     seen = []
     model.get_decoder().register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
-    monkeypatch.setattr(forward, "_PLAIN_ATTENTION", limit)
-    answer_nll(
-        model,
-        torch.zeros(5, model.config.hidden_size),
-        Batch.of(examples(), torch.device("cpu")),
-        shared=True,
-        is_mixed=is_mixed,
-    )
+    batch, prompt = Batch.of(examples(), torch.device("cpu")), torch.zeros(5, model.config.hidden_size)
+    monkeypatch.setattr(forward, "_PLAIN_ATTENTION", 5 + batch.ids.shape[1] + spare)
+    answer_nll(model, prompt, batch, shared=True, is_mixed=is_mixed)
     assert set(seen) == {expected} and model.config._attn_implementation == "sdpa"
+
+
+def test_the_attention_of_a_model_is_its_own_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    monkeypatch.setattr(model, "get_decoder", lambda: 1 / 0)
+    batch, prompt = Batch.of(examples(), torch.device("cpu")), torch.zeros(5, model.config.hidden_size)
+    with pytest.raises(ZeroDivisionError):
+        answer_nll(model, prompt, batch, shared=True, is_mixed=True)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_last_token_of_a_row_is_no_input() -> None:

@@ -54,7 +54,7 @@ ROWS = [
     for colour in COLOURS
     for before in ("a", "the", "a very", "the very", "the very very")
 ]
-TRAIN, VALIDATION = hold_out(ROWS, seed=3)
+TRAIN, VALIDATION = hold_out(ROWS)
 RECIPE = Recipe(
     num_virtual_tokens=4,
     init_text="colour is",

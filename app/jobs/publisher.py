@@ -22,9 +22,11 @@ from app.errors import (
     EngineFailed,
     InvalidTrainingData,
     NotReady,
+    NumericalError,
     Overloaded,
     PreconditionFailed,
     ReferenceNotFound,
+    RequestError,
     SoftpromptError,
 )
 from app.jobs.gate import Decision, Verdict, judge
@@ -157,12 +159,15 @@ class Publisher:
         current = self._registry.version(job.task, alias.version)
         if current.files[TENSORS_FILE] == trained.tensors_digest:
             return decided(moved=False, reason="the alias stands for the same content already"), alias.etag
+        unscored = partial("{} cannot be scored: {}".format, current.reference)
         try:
             pin = await self._in_thread(partial(self._registry.pin, current.reference))
         except SoftpromptError as error:  # damaged, deleted since, or made for another base model
-            return decided(moved=False, reason=f"{current.reference} cannot be scored: {error.message}"), alias.etag
+            return decided(moved=False, reason=unscored(error.message)), alias.etag
         try:
             theirs = await self._evaluate_current(current, pin.prompt, trained.rows)
+        except (NumericalError, RequestError) as error:  # the rows are checked against the room that the new one leaves
+            return decided(moved=False, reason=unscored(error.message)), alias.etag
         finally:
             pin.release()
         return await self._in_thread(partial(judge, name, found, theirs, seed=job.seed)), alias.etag
@@ -210,7 +215,8 @@ class Publisher:
                 "validation_file": job.validation_file,
                 "validation_file_digest": job.data.get("validation_file_digest"),
             },
-            **{name: job.report.get(name) for name in (*told, "validation_rows", "warnings")},
+            **{name: job.report.get(name) for name in (*told, "validation_rows", "warnings", "precision")},
+            **{name: job.report[name] for name in ("tasks", "trials") if job.report.get(name)},
             "curve": thinned(job.report.get("curve", [])),
         }
         return ManifestInput(

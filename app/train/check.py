@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +87,25 @@ def check_data(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    room: int | None = None,
     template: str | None = None,
     classify: bool | None = None,
-    seed: int = 0,
     several_tasks: bool = False,
     for_task: str | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> Checked:
     """Read both files and judge them; without a validation file a tenth of the rows is cut off.
 
-    `max_length` is what prompt and answer of a row may have in tokens. With `several_tasks` only the labels of
+    `max_length` is what prompt and answer of a row may have in tokens, `room` (by default the same) what prompt and
+    each label may have where a row is scored. Tasks of rows matter with `several_tasks` alone; then only the labels of
     `for_task` count, by default the first by name. `alive` is called now and then. Raises BadData and InvalidRecipe.
     """
-    train = _read(training, "training_file", tokenizer, alive)
+    read = partial(_read, tokenizer=tokenizer, several_tasks=several_tasks, alive=alive)
+    train = read(training, "training_file")
     train.judge()
     kind = _format(train)
     text = DEFAULT_TEMPLATES[kind] if template is None else template
-    given = None if validation is None else _read(validation, "validation_file", tokenizer, alive)
+    given = None if validation is None else read(validation, "validation_file")
     if given is not None:
         given.judge()
         if _format(given) != kind:
@@ -119,7 +122,7 @@ def check_data(
     task = _task(train, for_task) if several_tasks else None
     labels = _labels(train, classify, task)
     if given is None:
-        rows, held_out = split(train.rows, seed, stratify=labels is not None)
+        rows, held_out = split(train.rows, stratify=labels is not None, by_task=several_tasks)
         if not held_out:
             raise train.refuse("all rows have the same input: none can be held out for validation")
     else:
@@ -129,6 +132,7 @@ def check_data(
     if labels is not None:
         ours, theirs = ([row for row in part if task in (None, row.task)] for part in (rows, held_out))
         _judge_labels(labels, ours, theirs, given, warnings)
+        _judge_room(given or train, theirs, labels, tokenizer, Template(text), room or max_length)
     report = {
         "format": kind,
         "template": text,
@@ -145,7 +149,9 @@ def check_data(
     return Checked(rows, held_out, text, labels, report, warnings, task)
 
 
-def _read(path: Path, param: str, tokenizer: PreTrainedTokenizerBase, alive: Callable[[], None]) -> _File:
+def _read(
+    path: Path, param: str, *, tokenizer: PreTrainedTokenizerBase, several_tasks: bool, alive: Callable[[], None]
+) -> _File:
     """Raises BadData for what is no list of rows at all; bad rows are noted."""
     file = _File(param)
     data = path.read_bytes()
@@ -176,7 +182,7 @@ def _read(path: Path, param: str, tokenizer: PreTrainedTokenizerBase, alive: Cal
             file.note(number, error.code, error.message)
             continue
         file.formats[kind] += 1
-        file.rows.append(Row(source, target, str(number), task_of(row)))
+        file.rows.append(Row(source, target, str(number), task_of(row) if several_tasks else ""))
     if not number_of_rows:
         raise file.refuse("it has no rows")
     return file
@@ -275,6 +281,24 @@ def _judge_labels(
         given.judge()
     if rare := sum(counts[label] < ROWS_A_LABEL for label in labels):
         warnings.append(f"{rare} labels have fewer than {ROWS_A_LABEL} training rows")
+
+
+def _judge_room(
+    file: _File,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    room: int,
+) -> None:
+    """Raises BadData if a row that will be scored leaves no room for one of the labels, its own or another."""
+    answers: Any = tokenizer([template.target(label) for label in labels], add_special_tokens=False)["input_ids"]
+    prompts: Any = tokenizer([template.prompt(row.input) for row in rows])["input_ids"]
+    longest = max(map(len, answers))
+    for row, prompt in zip(rows, prompts, strict=True):
+        if (length := len(prompt) + longest) > room:
+            file.note(int(row.source), "too_long", f"has {length} tokens with the longest label, at most {room}")
+    file.judge()
 
 
 def _unseen(given: _File, train: Sequence[Row], warnings: list[str]) -> list[Row]:

@@ -136,43 +136,43 @@ def digest(train: Sequence[Row], validation: Sequence[Row]) -> str:
     return sha.hexdigest()
 
 
-def split(rows: Sequence[Row], seed: int, *, stratify: bool) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[Row], *, stratify: bool, by_task: bool) -> tuple[list[Row], list[Row]]:
     """Cut off a tenth of the rows, at most MAX_HELD_OUT and at least one: (to train on, held out).
 
-    All rows of one input of a task stay together, and of each task a tenth is held out. `stratify`: of each target,
-    too, and never its last row. What is held out may be empty where all rows have one input.
+    All rows of one input stay together. `stratify`: a tenth of each target, and never its last row; `by_task`: of each
+    task. Held out are the inputs with the least digests, so a file that has grown keeps most of them: what is trained
+    on it is compared with what was trained before on rows that neither has seen. What is held out may be empty where
+    all rows have one input.
     """
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[row.task, row.input].append(index)
-    strata: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
-    for indices in groups.values():
-        first = rows[indices[0]]
-        strata[first.task, first.target if stratify else ""].append(indices)
-    generator = random.Random(f"split {seed}")
+        groups[row.input].append(index)
+    order = sorted(groups, key=lambda text: hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+    strata: dict[tuple[Any, ...], list[list[int]]] = defaultdict(list)
+    for indices in (groups[text] for text in order):
+        tasks = {rows[i].task for i in indices} if by_task else ()
+        strata[*sorted(tasks), rows[indices[0]].target if stratify else ""].append(indices)
     share = min(0.1, MAX_HELD_OUT / len(rows))
     held: set[int] = set()
-    for _, stratum in sorted(strata.items()):
-        generator.shuffle(stratum)
+    for stratum in strata.values():
         wanted = sum(map(len, stratum)) * share
         taken = 0
-        for indices in stratum[1:]:
+        for indices in stratum[:-1]:
             if taken + len(indices) / 2 > wanted:
                 break
             held.update(indices)
             taken += len(indices)
     if not held:
-        spare = [indices for stratum in strata.values() for indices in stratum[1:]]
+        spare = [stratum[0] for stratum in strata.values() if len(stratum) > 1]
         if not spare and len(strata) > 1:
-            spare = [indices for stratum in strata.values() for indices in stratum]
-        if spare:
-            held.update(generator.choice(spare))
+            spare = [stratum[0] for stratum in strata.values()]
+        held.update(*spare[:1])
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def hold_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[Row], *, by_task: bool = False) -> tuple[list[Row], list[Row]]:
     """`split` for those who need both parts. Raises InvalidTrainingData where there is nothing to hold out."""
-    train, held = split(rows, seed, stratify=False) if rows else ([], [])
+    train, held = split(rows, stratify=False, by_task=by_task) if rows else ([], [])
     if not held:
         raise InvalidTrainingData("rows of at least 2 inputs are needed to hold one out for validation")
     return train, held

@@ -30,9 +30,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.15}
 # of the greatest logit; both come from the same products of the same shape
 _HEAD_TOLERANCE = 0.01
 _TASKS, _KV = 3, 5  # ranks
-# Tokens of a row. Steps are 1.25 to 1.3 times as fast up to here and 1.15 at twice the length (SmolLM2-135M, AVX512);
-# memory grows with the square.
-_PLAIN_ATTENTION = 128
+# Keys of a row. Steps are 1.25 to 1.3 times as fast with 150 of them, 1.1 with 280 (SmolLM2-135M, AVX512). Each costs
+# memory: up to here a token keeps no more than MICRO_BATCH_TOKENS counts with.
+_PLAIN_ATTENTION = 256
 # Padded tokens whose activations are kept at once, for their gradients. Measured on SmolLM2-135M in float32: 0.98 MB
 # each, and 0.2 more for an answer (logits; twice as much again while their gradient is computed): 4 to 7 GB. By the
 # same count of what is kept a token of an 8 B Llama in bfloat16 has 4.5 MB: 18 GB beside 16 of weights.
@@ -92,16 +92,17 @@ def answer_nll(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, shared: 
     which is slower and right for any causal model. `is_mixed`: in mixed precision (app.train.precision).
     """
     prompt = prompt.to(embedding_weight(model).dtype)
-    with mixed_precision(prompt.device, enabled=is_mixed), _attention(model, batch, is_mixed=is_mixed):
+    with mixed_precision(prompt.device, enabled=is_mixed), _attention(model, prompt, batch, is_mixed=is_mixed):
         logits = (_shared_logits if shared else _full_logits)(model, prompt, batch)
     return F.cross_entropy(logits.float(), batch.answer, reduction="none")
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, batch: Batch, *, is_mixed: bool) -> Iterator[None]:
+def _attention(model: PreTrainedModel, prompt: Tensor, batch: Batch, *, is_mixed: bool) -> Iterator[None]:
     """Attention of short rows in mixed precision by two products, as torch's fused one is slow backwards there."""
     ours = model.config._attn_implementation
-    if not is_mixed or ours != "sdpa" or batch.ids.shape[1] > _PLAIN_ATTENTION:
+    keys = prompt.shape[-2] + batch.ids.shape[1]
+    if not (is_mixed and ours == "sdpa" and keys <= _PLAIN_ATTENTION and model._can_set_attn_implementation()):
         yield
         return
     model.set_attn_implementation("eager")

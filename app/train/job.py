@@ -112,8 +112,14 @@ class Job:
             where = ".".join(map(str, problem["loc"]))
             raise InvalidRequest(f"{where}: {problem['msg']}", param=where) from None
         spoken = len(base.tokenizer(self.instruction)["input_ids"]) if self.instruction else 0
-        room = base.info.max_model_len - self.recipe.num_virtual_tokens - spoken - self.answer_tokens
-        encode(self.splits.test, base.tokenizer, self.template, room)
+        answer = self.answer_tokens
+        if self.labels is not None:
+            texts = [self.template.target(label) for label in self.labels]
+            answer = max(map(len, base.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        room = base.info.max_model_len - self.recipe.num_virtual_tokens - answer
+        encode(self.splits.test, base.tokenizer, self.template, room - spoken)
+        if self.labels is not None:  # calibrated on them
+            encode(self._validation(), base.tokenizer, self.template, room)
 
     def manifest(
         self, base: BaseModel, report: TrainReport, metrics: dict[str, Any], calibration: Calibration | None = None
@@ -170,7 +176,7 @@ class Job:
 
     def _validation(self) -> list[Row]:
         """As the training has them."""
-        return self._of_task(self.splits.validation or hold_out(self.splits.train, self.recipe.seed)[1])
+        return self._of_task(self.splits.validation or hold_out(self.splits.train, by_task=bool(self.tasks))[1])
 
     async def load(self, base: BaseModel, engine: Engine, out_dir: Path) -> SoftPrompt:
         """What training left in `out_dir`, tried on the model."""

@@ -21,7 +21,7 @@ class Progress:
     validation_loss: float | None  # measured after this step, or None
     best_step: int  # 0: the start
     learning_rate: float  # of this step, as the recipe's: times the scale of what is trained
-    trained_tokens: int  # text tokens run through the model so far
+    trained_tokens: int  # of the rows so far, their ends included
     seconds: float  # spent training, over all resumed parts
 
 

@@ -50,7 +50,8 @@ def train(
     """Train one soft prompt and leave adapter_config.json and adapter_model.safetensors in out_dir.
 
     By the recipe's method (app.train.methods), with the loss on the answer tokens only.
-    `model` stays as it is except that its parameters no longer require gradients. Without
+    `model` stays as it is except that its parameters no longer require gradients; meanwhile no other thread may
+    use it. Without
     validation rows a tenth of the training rows is held out. `initial` is where the prompt begins,
     [virtual tokens, hidden] or for methods of keys and values [layers, 2, KV heads, virtual tokens, head_dim] too
     (transfer from another task; Vu et al. 2022, arXiv:2110.07904), by default what the
@@ -66,7 +67,7 @@ def train(
     """
     tasks = task_names(rows_train) if recipe.method == "multitask_prompt_tuning" else None
     if not rows_validation:
-        rows_train, rows_validation = hold_out(rows_train, recipe.seed)
+        rows_train, rows_validation = hold_out(rows_train, by_task=tasks is not None)
     if not rows_train:
         raise InvalidTrainingData("no training rows")
     if initial is not None and recipe.init not in (None, "prompt"):

@@ -99,7 +99,8 @@ def check(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
     base, options = order["base"], order["options"]
     tokenizer: Any = AutoTokenizer.from_pretrained(base["path"], trust_remote_code=False, local_files_only=True)
     recipe = Recipe(**options["recipe"], seed=order["seed"])
-    max_length = min(recipe.max_length, base["max_model_len"] - recipe.num_virtual_tokens)
+    room = base["max_model_len"] - recipe.num_virtual_tokens
+    max_length = min(recipe.max_length, room)
     if max_length < 2:
         raise InvalidRecipe("the virtual tokens leave no room in the context", param="num_virtual_tokens")
 
@@ -112,9 +113,9 @@ def check(order: dict[str, Any], tell: Tell, stop: Stop) -> None:
         Path(order["validation"]) if order["validation"] else None,
         tokenizer,
         max_length=max_length,
+        room=room,
         template=options["template"],
         classify=options["classify"],
-        seed=order["seed"],
         several_tasks=recipe.method == "multitask_prompt_tuning",
         for_task=options.get("for_task"),
         alive=alive,

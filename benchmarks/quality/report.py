@@ -85,6 +85,8 @@ def gather(answered: Sequence[Cell], known: Sequence[Cell], data: Path) -> list[
         if together := ensemble(members):
             told = [f"{cell['method']}.s{cell['seed']}" for cell in members]
             own.append({"task": name, "method": "ensemble", "seed": 0, "members": told, "answers": together})
+        elif methods:  # the one that is known was of others
+            found = {key: cell for key, cell in found.items() if key[:2] != (name, "ensemble")}
         found |= {identity(cell): judged(cell, task, test[: len(cell["answers"])]) for cell in own}
     order = [*TASKS]
     return sorted(found.values(), key=lambda cell: (order.index(cell["task"]), *map(str, identity(cell)[1:])))
