@@ -27,6 +27,7 @@ SCORES = {
 METHODS = {
     "prompt_tuning": "prompt tuning, {n} virtual tokens",
     "cartridge": "keys and values of {n} positions (cartridge)",
+    "prefix_tuning": "keys and values of {n} positions (prefix tuning)",
 }
 LIMITS = {
     "address_parse": "Addresses of the United States, in one line.",

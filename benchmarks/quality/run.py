@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of tasks, each with three .jsonl files")
     parser.add_argument("--model", type=Path, required=True, help="transformers folder of the base model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", default="full,soft20,cartridge160,lora,few_shot,zero_shot")
+    parser.add_argument("--methods", default="full,soft20,prefix20,cartridge160,lora,few_shot,zero_shot")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--device", default="cpu")
