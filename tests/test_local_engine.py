@@ -660,10 +660,14 @@ async def test_the_first_token_says_how_much_of_the_text_was_cached(start: Any) 
 async def test_stop_answers_what_is_in_flight(start: Any) -> None:
     engine = start(max_num_seqs=1)
     releases = Releases()
-    jobs = [
-        asyncio.create_task(collect(engine.generate(None, TEXT, greedy(400), on_release=releases))) for _ in range(3)
-    ]
-    await asyncio.sleep(0.05)
+    begun = asyncio.Event()
+
+    async def run() -> None:
+        async for _ in engine.generate(None, TEXT, greedy(400), on_release=releases):
+            begun.set()
+
+    jobs = [asyncio.create_task(run()) for _ in range(3)]
+    await begun.wait()  # and no longer: 400 tokens of this model take 50 ms on a fast machine
     await asyncio.to_thread(engine.stop)
     results = await asyncio.gather(*jobs, return_exceptions=True)
     assert all(isinstance(result, NotReady) for result in results)
